@@ -1,0 +1,223 @@
+"""The bundle: the folder that export writes and a device loads. Read here, checked here, never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
+from edge_adapt.errors import ArtifactError, StateError
+
+Array = NDArray[Any]
+
+SCHEMA = 1
+MANIFEST, FULL, TRUNK, TAIL, SOURCE = (
+    *("manifest.json", "full.onnx", "trunk.onnx"),
+    *("tail.pt2", "source.safetensors"),
+)
+INPUT_CUT = "input"
+"""The cut that makes the whole network the tail: reference mode."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputSpec(_Part):
+    """What the network is fed: `(raw / scale - mean) / std`, channel by channel, as float32."""
+
+    shape: tuple[int, ...]
+    """One frame without the batch, in `layout`."""
+    layout: Literal["NCHW", "NHWC", "NCW"] = "NCHW"
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    resize: tuple[int, int] | None = None
+    """Short side and side of the centre crop, in pixels, for images of another size."""
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-1] if self.layout == "NHWC" else self.shape[0]
+
+
+class Site(_Part):
+    """A norm site: a port and a tap of `channels` numbers each."""
+
+    name: str
+    kind: Literal["batch_norm", "layer_norm"]
+    channels: int
+    tensor: str
+    """Its output in full.onnx, which the tap reads."""
+    layer: str
+    """The layer of full.onnx into which it is folded."""
+    in_tail: bool = False
+
+
+class LiveLayer(_Part):
+    """A layer of full.onnx whose parameters may change while the engine runs."""
+
+    name: str
+    op: str
+    weight: str
+    bias: str | None = None
+
+
+class Cut(_Part):
+    """Where the trunk ends and the tail begins."""
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+
+
+class Parity(_Part):
+    """How far the engine was from torch when the bundle was made, as a share of the output's scale."""
+
+    samples: int
+    data: Literal["calibration", "random"]
+    tolerance: float
+    identity_ports: float
+    random_ports: float
+    tail: float
+
+
+class Manifest(_Part):
+    """manifest.json. Unknown keys are refused; a newer schema is refused before anything else is read."""
+
+    schema_version: Literal[1] = SCHEMA
+    name: str
+    created: str
+    input: InputSpec
+    classes: tuple[str, ...] | None = None
+    output: Literal["logits", "probabilities"] = "logits"
+    outputs: int
+    cut: Cut
+    sites: tuple[Site, ...]
+    layers: tuple[LiveLayer, ...]
+    prompts: int | None = None
+    """Width of the prompt tokens that the graph takes, for a transformer."""
+    opset: int
+    precision: Literal["fp32"] = "fp32"
+    calibration_samples: int = 0
+    parity: Parity
+    provenance: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str]
+    """File -> sha256."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle. Its files were checked against the hashes of the manifest."""
+
+    path: Path
+    manifest: Manifest
+    source: dict[str, Array]
+    """source.safetensors: `<site>.mean|std|weight|bias|offset` [C], and what calibration measured."""
+
+    @classmethod
+    def load(cls, path: Path | str) -> Bundle:
+        """Read and verify. Raises: ArtifactError naming the file that is missing, damaged or too new."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        for name, expected in manifest.files.items():
+            found = sha256(path, name)
+            if found != expected:
+                raise ArtifactError(
+                    f"{path / name} is damaged: its sha256 is {found[:12]}..., the manifest says {expected[:12]}...",
+                    remedy="copy the bundle again, or export it again",
+                )
+        try:
+            source = load_safetensors((path / SOURCE).read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path / SOURCE} cannot be read: {error}", remedy="export it again") from error
+        return cls(path, manifest, source)
+
+    @cached_property
+    def id(self) -> str:
+        """Short name of exactly this bundle: it changes when any file does."""
+        text = json.dumps(self.manifest.files, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def is_reference(self) -> bool:
+        """True when cut at the input: methods then run on the whole network in torch, as published."""
+        return self.manifest.cut.name == INPUT_CUT
+
+    @property
+    def channels(self) -> int:
+        """Channels of all sites: the length of a port vector."""
+        return sum(site.channels for site in self.manifest.sites)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Site name -> its place in a port vector."""
+        found, start = {}, 0
+        for site in self.manifest.sites:
+            found[site.name] = slice(start, start + site.channels)
+            start += site.channels
+        return found
+
+    def packed(self, role: str) -> Array:
+        """One constant of all sites, `mean`, `std`, `weight`, `bias` or `offset`, as one vector."""
+        parts = [self.source[f"{site.name}.{role}"] for site in self.manifest.sites]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def check_delta(self, delta: Delta) -> None:
+        """Raises: StateError if the delta does not fit, is not finite, or has a scale that is not positive."""
+        if not delta.is_finite():
+            raise StateError("the delta holds NaN or infinite numbers", remedy="roll back to the last good one")
+        for name in (PORT_SCALE, PORT_SHIFT):
+            if name in delta and delta[name].shape != (self.channels,):
+                raise StateError(
+                    f"{name} has shape {delta[name].shape}, the bundle's sites have {self.channels} channels",
+                    remedy="use a delta that was learned on this bundle",
+                )
+        if PORT_SCALE in delta and float(delta[PORT_SCALE].min(initial=1.0)) <= 0:
+            raise StateError("ports/scale has numbers that are not positive", remedy="roll back to the last good one")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest alone. Raises: ArtifactError if there is none, it is too new, or it does not fit the schema."""
+    file = path / MANIFEST
+    try:
+        raw = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{path} is no bundle: it has no {MANIFEST}", remedy="make one with `edge-adapt export`"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}", remedy="copy the bundle again") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise ArtifactError(
+            f"{file} has schema {version}, this version of edge-adapt reads up to {SCHEMA}",
+            remedy="upgrade edge-adapt on this device",
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ArtifactError(
+            f"{file} does not fit the schema: {where}: {first['msg']}", remedy="export the bundle again"
+        ) from error
+
+
+def sha256(path: Path, name: str) -> str:
+    """Digest of one file of a bundle. Raises: ArtifactError if it is missing."""
+    try:
+        return hashlib.sha256((path / name).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path / name} is missing or unreadable: {error.strerror}", remedy="copy the bundle again"
+        ) from error

@@ -1,0 +1,150 @@
+"""Frames and labels from where users keep them: NumPy archives, image folders, scikit-learn's digits."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from edge_adapt.errors import DataError
+
+Array = NDArray[Any]
+
+DIGITS = "sklearn:digits"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+NOT_SHIFTS = {"images", "labels", "lossless", "train_index", "test_index", "sample_index", "class_names"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Frames with labels for the score; labels never reach a method.
+
+    Either `images`, or `shifts`: one ready-made array for each shift, all with the same labels.
+    """
+
+    name: str
+    images: Array | None
+    labels: Array | None
+    shifts: dict[str, Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        first = self.images if self.images is not None else next(iter(self.shifts.values()))
+        return len(first)
+
+    def __getitem__(self, part: slice) -> Dataset:
+        """Some of the frames, with their labels."""
+        return Dataset(
+            self.name,
+            None if self.images is None else self.images[part],
+            None if self.labels is None else self.labels[part],
+            {name: images[part] for name, images in self.shifts.items()},
+        )
+
+
+def load_data(source: str | Path, classes: Sequence[str] | None = None) -> Dataset:
+    """Read a data set.
+
+    Args:
+        source: a .npz archive, a folder of images, or `sklearn:digits`.
+        classes: class names of the model, to number the folders of an image folder.
+    Raises: DataError naming the file and what is wrong with it.
+    """
+    if str(source) == DIGITS:
+        return digits()
+    path = Path(source)
+    if path.is_dir():
+        return image_folder(path, classes)
+    if not path.exists():
+        raise DataError(f"{path} does not exist", remedy=f"give a .npz archive, an image folder, or {DIGITS}")
+    return archive(path)
+
+
+def archive(path: Path) -> Dataset:
+    """An .npz with `images` and `labels`, or with one array for each ready-made shift beside `labels`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no readable .npz archive: {error}", remedy="write it with numpy.savez") from error
+    labels = arrays.get("labels")
+    images = arrays.get("images")
+    shifts = {}
+    if images is None:
+        shifts = {name: array for name, array in arrays.items() if name not in NOT_SHIFTS and array.ndim >= 3}
+    if images is None and not shifts:
+        raise DataError(
+            f"{path} holds neither `images` nor one array for each shift (it holds {', '.join(arrays) or 'nothing'})",
+            remedy="name the frames `images`, [N, H, W, C] uint8",
+        )
+    for name, array in {"images": images, **shifts}.items():
+        if array is not None and labels is not None and len(array) != len(labels):
+            raise DataError(
+                f"{path}: {name} has {len(array)} frames, labels has {len(labels)} entries",
+                remedy="store one label for each frame",
+            )
+        if array is not None and np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise DataError(f"{path}: {name} holds NaN or infinite values", remedy="remove those frames")
+    if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
+        raise DataError(
+            f"{path}: labels has shape {labels.shape} and dtype {labels.dtype}, expected one integer a frame",
+            remedy="store class indices",
+        )
+    return Dataset(path.stem, images, None if labels is None else labels.astype(np.int64), shifts)
+
+
+def image_folder(path: Path, classes: Sequence[str] | None) -> Dataset:
+    """One folder for each class, or a flat folder; names such as `0012_anything.jpg` carry the class index."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"{path} holds no image ({', '.join(SUFFIXES)})", remedy="check the path")
+    images = [_read_image(file) for file in files]
+    if len({image.shape for image in images}) > 1:
+        side = min(min(image.shape[:2]) for image in images)
+        images = [_cropped(image, side) for image in images]
+    names = [file.relative_to(path).parts for file in files]
+    labels: Array | None = None
+    numbers = [re.match(r"(\d+)_", parts[-1]) for parts in names]
+    if all(len(parts) > 1 for parts in names):
+        order = list(classes) if classes else sorted({parts[0] for parts in names})
+        unknown = sorted({parts[0] for parts in names} - set(order))
+        if unknown:
+            raise DataError(
+                f"{path / unknown[0]} is no class of the model (it knows {', '.join(order[:8])}, ...)",
+                remedy="rename the folder, or export the model with these class names",
+            )
+        labels = np.array([order.index(parts[0]) for parts in names], np.int64)
+    elif all(numbers):
+        labels = np.array([int(number.group(1)) for number in numbers if number], np.int64)
+    return Dataset(path.name, np.stack(images), labels)
+
+
+def digits() -> Dataset:
+    """The 1,797 handwritten digits that come with scikit-learn: 8 x 8, scaled to 32 x 32 and 0..255."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(f"{DIGITS} needs scikit-learn", remedy="pip install 'edge-adapt[demo]'") from error
+    raw = load_digits()
+    small = np.round(raw.images / 16 * 255).astype(np.uint8)
+    images = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small]
+    return Dataset("digits", np.stack(images)[..., None], raw.target.astype(np.int64))
+
+
+def _read_image(file: Path) -> Array:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{file} is no readable image: {error}", remedy="remove or repair it") from error
+
+
+def _cropped(image: Array, side: int) -> Array:
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return image[top : top + side, left : left + side]

@@ -1,0 +1,407 @@
+"""One export, from a model to a bundle that passed its gate. A bundle that fails, or is interrupted, is not written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save as save_safetensors
+from torch import nn
+
+from edge_adapt.bundle import (
+    FULL,
+    INPUT_CUT,
+    MANIFEST,
+    SOURCE,
+    TAIL,
+    TRUNK,
+    Bundle,
+    Cut,
+    InputSpec,
+    Manifest,
+    Parity,
+    Site,
+)
+from edge_adapt.delta import write_atomically
+from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
+from edge_adapt.engines.torch_from_onnx import GraphModule
+from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptError
+from edge_adapt.graph import graft_taps, initializers, shapes
+from edge_adapt.preprocess import Preprocess
+from exporters import parity
+from exporters.calibrate import source_statistics
+from exporters.cut import resolve_cut, tail_of
+from exporters.onnx_from_torch import OPSET, export_network
+from exporters.onnx_import import import_network
+from exporters.passes import tidy, without_traces
+from exporters.sites import Folded, conv_outputs_without_norm, fold, insert_norms
+from exporters.zoo import get as zoo_model
+from exporters.zoo import load_weights, packaged_weights
+
+Array = NDArray[Any]
+Report = Callable[[str], None]
+
+PARITY_SAMPLES = 32
+CALIBRATION_SAMPLES = 2000
+BATCH = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is exported: a torch module, or a graph that somebody else made."""
+
+    name: str
+    module: nn.Module | None
+    network: onnx.ModelProto
+    input: InputSpec
+    classes: tuple[str, ...] | None
+    cut: str | None
+    provenance: dict[str, str]
+
+
+def export(
+    model: Model,
+    out: Path,
+    *,
+    calibration: Array | None = None,
+    cut: str | None = None,
+    force: bool = False,
+    report: Report = lambda text: None,
+) -> Path:
+    """Write a bundle.
+
+    Args:
+        calibration: raw source frames, as in an archive; None computes what it can from the model alone.
+        cut: module or tensor where the trunk ends, `input` for reference mode, None for the model's default.
+        force: replace an existing bundle.
+        report: told one line per stage.
+    Raises: EdgeAdaptError. Nothing is left behind.
+    """
+    if out.exists() and not (force and (out / MANIFEST).exists()):
+        raise ConfigError(
+            f"{out} exists", remedy="choose another folder" if not (out / MANIFEST).exists() else "add --force"
+        )
+    frames = _calibration_frames(model.input, calibration)
+    with _aside(out) as folder:
+        report("finding norm sites")
+        network = _with_norms(model.network, frames)
+        tensor = resolve_cut(network, cut or model.cut)
+        folded = fold(network)
+        manifest = _manifest(model, network, folded, tensor, cut or model.cut)
+        report(f"{len(folded.sites)} norm sites, cut at {manifest.cut.name}")
+        _save_graphs(folder, network, folded, manifest)
+        report("measuring the source domain" if frames is not None else "no calibration data: stored statistics")
+        source = dict(folded.constants)
+        manifest = _finish(folder, manifest, source)
+        bundle = Bundle.load(folder)
+        engine = OnnxRuntimeEngine(bundle)
+        if frames is not None:
+            batches = [frames[start : start + BATCH] for start in range(0, len(frames), BATCH)]
+            source |= source_statistics(bundle, engine, batches, lambda count: None)
+        report("parity gate")
+        torch_model: nn.Module = model.module if _names_match(model.module, folded.sites) else GraphModule(network).eval()
+        samples = _parity_frames(model.input, frames)
+        errors = parity.measure(bundle, engine, torch_model, samples)
+        parity.gate(errors)
+        engine.close()
+        checked = Parity(
+            samples=len(samples),
+            data="random" if frames is None else "calibration",
+            tolerance=parity.TOLERANCE,
+            **errors,
+        )
+        count = 0 if frames is None else len(frames)
+        _finish(folder, manifest.model_copy(update={"parity": checked, "calibration_samples": count}), source)
+        report(f"parity {max(errors.values()):.1e} of the output's scale, {parity.TOLERANCE:.0e} allowed")
+    return out
+
+
+def check(path: Path, report: Report = lambda text: None) -> dict[str, float]:
+    """Verify a bundle: hashes, schema, and parity of engine, trunk and tail again. Raises: ArtifactError.
+
+    The torch side is rebuilt from full.onnx, whose norms are folded, so the ports are compared through the tail and
+    through a rebuilt session.
+    """
+    bundle = Bundle.load(path)
+    report("hashes and schema")
+    engine = OnnxRuntimeEngine(bundle)
+    rebuilt = OnnxRuntimeEngine(bundle, live=False)
+    frames = _parity_frames(bundle.manifest.input, None)
+    reference = GraphModule(onnx.load(path / FULL)).eval()
+    prompts = [torch.zeros(0, bundle.manifest.prompts)] if bundle.manifest.prompts else []
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(frames), *prompts).numpy()
+    errors = {"engine": parity.distance(engine.run(frames), expected)}
+    errors |= parity.compare_engines(bundle, engine, rebuilt, frames)
+    report("parity")
+    parity.gate(errors)
+    return errors
+
+
+def from_spec(spec: str, *, weights: Path | None, classes: Sequence[str] | None = None) -> Model:
+    """`zoo:name`, `package.module:factory` or a path to an .onnx file -> what to export. Raises: EdgeAdaptError."""
+    if spec.endswith(".onnx"):
+        return _from_file(Path(spec), classes)
+    if spec.startswith("zoo:"):
+        return _from_zoo(spec.removeprefix("zoo:"), weights)
+    if ":" not in spec:
+        raise ConfigError(
+            f"{spec!r} is no model", remedy="give zoo:NAME, package.module:factory, or a path that ends in .onnx"
+        )
+    return _from_factory(spec, weights, classes)
+
+
+def from_module(
+    module: nn.Module,
+    name: str,
+    spec: InputSpec,
+    *,
+    classes: Sequence[str] | None = None,
+    cut: str | None = None,
+    provenance: dict[str, str] | None = None,
+    prompt_width: int | None = None,
+) -> Model:
+    """A torch module in eval mode, images [N, ...] -> logits [N, K]."""
+    example = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(0))
+    network = tidy(export_network(module, example, prompt_width=prompt_width))
+    return Model(
+        name=name,
+        module=module,
+        network=network,
+        input=spec,
+        classes=tuple(classes) if classes else None,
+        cut=cut,
+        provenance={"torch": torch.__version__, **(provenance or {})},
+    )
+
+
+def _from_zoo(name: str, weights: Path | None) -> Model:
+    entry = zoo_model(name)
+    module = entry.factory()
+    file = weights or packaged_weights(name)
+    if file is not None:
+        load_weights(module, file)
+    facts = entry.input
+    spec = InputSpec(
+        shape=facts.shape, scale=facts.scale, mean=facts.mean, std=facts.std, resize=facts.resize
+    )
+    return from_module(
+        module,
+        name,
+        spec,
+        classes=entry.classes,
+        cut=entry.cut,
+        provenance={"model": f"zoo:{name}", "weights": _fingerprint(file) if file else "random start, seed 0"},
+        prompt_width=getattr(module, "prompt_width", None),
+    )
+
+
+def _from_factory(spec: str, weights: Path | None, classes: Sequence[str] | None) -> Model:
+    package, _, attribute = spec.partition(":")
+    try:
+        factory = getattr(importlib.import_module(package), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the model {spec!r} cannot be found: {error}", remedy="give package.module:factory, importable from here"
+        ) from error
+    module = factory()
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{spec} returned {type(module).__name__}, no torch module", remedy="return the model")
+    if weights is not None:
+        load_weights(module, weights)
+    shape = getattr(module, "input_shape", None)
+    if shape is None:
+        raise ConfigError(
+            f"{spec} does not say what it is fed",
+            remedy="set input_shape (and input_scale, input_mean, input_std, class_names) on the module",
+        )
+    input_spec = InputSpec(
+        shape=tuple(shape),
+        scale=getattr(module, "input_scale", 1.0),
+        mean=tuple(getattr(module, "input_mean", (0.0,))),
+        std=tuple(getattr(module, "input_std", (1.0,))),
+    )
+    names = classes or getattr(module, "class_names", None)
+    provenance = {"model": spec, "weights": _fingerprint(weights) if weights else "as the factory made them"}
+    return from_module(module.eval(), attribute, input_spec, classes=names, provenance=provenance)
+
+
+def _from_file(path: Path, classes: Sequence[str] | None) -> Model:
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist", remedy="check the path")
+    network = tidy(import_network(path))
+    shape = tuple(dim.dim_value for dim in network.graph.input[0].type.tensor_type.shape.dim)[1:]
+    if not shape or not all(shape):
+        raise ArtifactError(f"{path} has an input of shape {shape}; one frame must have a fixed size", remedy="fix it")
+    layout = "NCW" if len(shape) == 2 else "NHWC" if shape[-1] in (1, 3, 4) and shape[0] > 4 else "NCHW"
+    return Model(
+        name=path.stem,
+        module=None,
+        network=network,
+        input=InputSpec(shape=shape, layout=layout),  # type: ignore[arg-type]
+        classes=tuple(classes) if classes else None,
+        cut=None,
+        provenance={"model": path.name, "weights": _fingerprint(path)},
+    )
+
+
+def _with_norms(network: onnx.ModelProto, frames: Array | None) -> onnx.ModelProto:
+    """A graph without any norm gets one that changes nothing behind each convolution, from measured moments."""
+    tensors = conv_outputs_without_norm(network)
+    if not tensors or frames is None:
+        return network
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(
+        graft_taps(network, tensors).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    image = network.graph.input[0].name
+    taps = np.concatenate(
+        [session.run(["taps"], {image: frames[start : start + BATCH]})[0] for start in range(0, len(frames), BATCH)]
+    ).astype(np.float64)
+    mean, second = taps.mean(axis=0)
+    std = np.sqrt(np.maximum(second - np.square(mean), 1e-8))
+    weights, producers = initializers(network.graph), {node.output[0]: node for node in network.graph.node}
+    moments, start = {}, 0
+    for tensor in tensors:
+        width = weights[producers[tensor].input[1]].shape[0]
+        moments[tensor] = (mean[start : start + width], std[start : start + width])
+        start += width
+    return insert_norms(network, moments)
+
+
+def _manifest(
+    model: Model, network: onnx.ModelProto, folded: Folded, tensor: str, cut: str | None
+) -> Manifest:
+    dims = shapes(folded.model)
+    if tensor not in dims:
+        raise ConfigError(
+            f"the cut {cut!r} lies between a layer and the norm that is folded into it", remedy="cut behind the norm"
+        )
+    tail = tail_of(network, tensor, None)
+    inside = {node.name for node in tail.graph.node}
+    sites = tuple(site.model_copy(update={"in_tail": site.name in inside}) for site in folded.sites)
+    reference = tensor == network.graph.input[0].name
+    name = INPUT_CUT if reference else (cut or tensor)
+    last = network.graph.node[-1]
+    prompts = network.graph.input[1].type.tensor_type.shape.dim[1].dim_value if len(network.graph.input) > 1 else None
+    return Manifest(
+        name=model.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        input=model.input,
+        classes=model.classes,
+        output="probabilities" if last.op_type == "Softmax" else "logits",
+        outputs=int(shapes(network)[network.graph.output[0].name][-1] or 0),
+        cut=Cut(name=name, tensor=tensor, shape=tuple(int(dim or 0) for dim in dims[tensor][1:] if not isinstance(dim, str))),
+        sites=sites,
+        layers=tuple(folded.layers),
+        prompts=prompts or None,
+        opset=OPSET,
+        parity=Parity(samples=0, data="random", tolerance=0, identity_ports=0, random_ports=0, tail=0),
+        provenance={**model.provenance, "onnx": onnx.__version__},
+        files={},
+    )
+
+
+def _save_graphs(folder: Path, network: onnx.ModelProto, folded: Folded, manifest: Manifest) -> None:
+    from exporters.trunk import ported_trunk
+
+    for name, graph in ((FULL, folded.model), (TRUNK, ported_trunk(folded, manifest.cut.tensor))):
+        written = without_traces(graph)
+        onnx.checker.check_model(written, full_check=True)
+        (folder / name).write_bytes(written.SerializeToString())
+    dims = shapes(network)[manifest.cut.tensor]
+    tail = GraphModule(tail_of(network, manifest.cut.tensor, dims)).eval()
+    concrete = [int(dim) if isinstance(dim, int) else 7 for dim in dims[1:]]
+    dynamic: dict[int, Any] = {0: torch.export.Dim("N", min=1, max=65536)}
+    dynamic |= {place: torch.export.Dim.AUTO for place, dim in enumerate(dims) if place and not isinstance(dim, int)}
+    try:
+        program = torch.export.export(tail, (torch.zeros(2, *concrete),), dynamic_shapes=((dynamic,),))
+    except EdgeAdaptError:
+        raise
+    except Exception as error:  # whatever torch.export raises
+        raise ArtifactError(
+            f"the tail cannot be exported: {type(error).__name__}: {str(error).splitlines()[0]}",
+            remedy="choose a later cut",
+        ) from error
+    torch.export.save(program, folder / TAIL)
+
+
+def _finish(folder: Path, manifest: Manifest, source: dict[str, Array]) -> Manifest:
+    """Write source statistics and the manifest with the hashes of everything else."""
+    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in source.items()}
+    (folder / SOURCE).write_bytes(save_safetensors(arrays))
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (FULL, TRUNK, TAIL, SOURCE)
+    }
+    made = manifest.model_copy(update={"files": files})
+    text = json.dumps(made.model_dump(mode="json"), indent=1)
+    write_atomically(folder / MANIFEST, text.encode())
+    return made
+
+
+def _calibration_frames(spec: InputSpec, images: Array | None) -> Array | None:
+    if images is None:
+        return None
+    if not len(images):
+        raise DataError("the calibration data is empty", remedy="give some source frames")
+    if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+        raise DataError("the calibration data holds NaN or infinite values", remedy="remove those frames")
+    step = max(1, len(images) // CALIBRATION_SAMPLES)
+    return Preprocess(spec)(images[::step][:CALIBRATION_SAMPLES])
+
+
+def _parity_frames(spec: InputSpec, frames: Array | None) -> Array:
+    if frames is not None:
+        return frames[:PARITY_SAMPLES]
+    return np.random.default_rng(0).standard_normal((8, *spec.shape), np.float32)
+
+
+def _names_match(module: nn.Module | None, sites: Sequence[Site]) -> bool:
+    """True if every site is a norm module of the torch model, so that it can be compared with ports moved."""
+    if module is None:
+        return False
+    known = dict(module.named_modules())
+    return all(
+        hasattr(known.get(site.name), "running_var" if site.kind == "batch_norm" else "weight") for site in sites
+    )
+
+
+def _fingerprint(path: Path) -> str:
+    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place at the end, or disappears."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            old = folder.with_name(f"{folder.name}-old")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    except OSError as error:
+        raise ArtifactError(
+            f"the bundle cannot be written to {out}: {error.strerror or error}", remedy="free space, or write elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
