@@ -183,11 +183,17 @@ def _sampled(
     steps = [-(-size // SIDE) for size in sizes]
     if facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or max(steps) < 2:
         return name, tuple(sizes)
-    strides = facts.get("strides", [1] * len(sizes))
+    rank = len(sizes)
+    strides, pads = facts.get("strides", [1] * rank), list(facts.get("pads", [0] * 2 * rank))
+    # Less padding in front makes the samples start further in: the border, which sees padding, is not typical.
+    starts = [min(pad // stride, step // 2) for pad, stride, step in zip(pads, strides, steps, strict=False)]
+    facts["pads"] = [pad - start * stride for pad, start, stride in zip(pads, starts, strides, strict=False)] + pads[rank:]
     facts["strides"] = [stride * step for stride, step in zip(strides, steps, strict=True)]
     sampled = f"tap/{name}/sampled"
     graph.node.append(helper.make_node("Conv", list(node.input), [sampled], name=sampled, **facts))
-    return sampled, tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))
+    return sampled, tuple(
+        -(-(size - start) // step) for size, start, step in zip(sizes, starts, steps, strict=True)
+    )
 
 
 def _reduced(graph: onnx.GraphProto, names: Sequence[str], number: int, *, maps: bool) -> str:

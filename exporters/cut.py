@@ -61,18 +61,19 @@ def tail_of(model: onnx.ModelProto, tensor: str, dims: list[int | str | None] | 
 
 
 def _module_output(model: onnx.ModelProto, module: str) -> str | None:
-    """The one tensor that leaves a module."""
+    """The tensor that leaves a module; of several, the last one that separates the graph."""
     inside = [node for node in model.graph.node if module in module_scopes(node)]
     readers = consumers(model.graph)
-    names = {id(node) for node in inside}
+    names = {node.output[0] for node in inside}
     outputs = {info.name for info in model.graph.output}
     leaving = [
         name
         for node in inside
         for name in node.output
-        if name in outputs or any(id(reader) not in names for reader in readers.get(name, []))
+        if name in outputs or any(reader.output[0] not in names for reader in readers.get(name, []))
     ]
-    return leaving[0] if len(leaving) == 1 else None
+    apart = [name for name in leaving if separates(model, name)]
+    return apart[-1] if apart else (leaving[-1] if leaving else None)
 
 
 def _choose(model: onnx.ModelProto) -> str:

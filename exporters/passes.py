@@ -31,6 +31,7 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     made = onnx.ModelProto()
     made.CopyFrom(model)
     constants_to_initializers(made.graph)
+    name_batch(made.graph)
     static_reshapes(made)
     drop_identities(made.graph)
     explicit_pads(made)
@@ -68,6 +69,15 @@ def constants_to_initializers(graph: onnx.GraphProto) -> None:
         constants[node.output[0]] = array
         graph.node.remove(node)
     set_initializers(graph, constants)
+
+
+def name_batch(graph: onnx.GraphProto) -> None:
+    """The exporter's symbol for the batch (`s77`) becomes `N` everywhere."""
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if symbol and dim.dim_param == symbol:
+                dim.dim_param = "N"
 
 
 def static_reshapes(model: onnx.ModelProto) -> None:

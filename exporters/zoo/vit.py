@@ -108,6 +108,7 @@ class VisionTransformer(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
+        self.prompt_width = dim
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image // patch) ** 2, dim))

@@ -92,8 +92,7 @@ def _gaussian_blur(x: Floats, setting: Setting, scale: float, generators: Genera
 
 def _defocus_blur(x: Floats, setting: Setting, scale: float, generators: Generators) -> Floats:
     """A disk with a softened edge; border mirrored without repeating the border pixel."""
-    radius, edge_sigma = setting[0] * scale, setting[1]
-    kernel = _disk(radius, edge_sigma)[..., None]
+    kernel = _disk(*setting, scale)[..., None]
     reach = len(kernel) // 2
     padded = np.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="reflect")
     blurred = np.empty_like(x)
@@ -103,13 +102,18 @@ def _defocus_blur(x: Floats, setting: Setting, scale: float, generators: Generat
 
 
 @lru_cache(maxsize=16)
-def _disk(radius: float, edge_sigma: float) -> Floats:
+def _disk(radius: float, edge_sigma: float, scale: float) -> Floats:
+    """A kernel [K, K] of sum 1, radius and sigma in pixels at scale 1."""
+    radius *= max(1.0, scale)
     taps = 1 if radius <= 8 else 2  # half width of the softening
     line = np.arange(-math.floor(radius) - taps, math.floor(radius) + taps + 1)
     disk = (line[:, None] ** 2 + line**2 <= radius**2).astype(np.float32)
     soft = np.exp(-(np.arange(-taps, taps + 1) ** 2) / (2 * edge_sigma**2))
     for axis in (0, 1):
         disk = ndimage.correlate1d(disk, soft / soft.sum(), axis, mode="constant")
+    if scale < 1:  # a disk under one pixel would blur nothing: shrink the finished one, weights shared out
+        shared = np.clip(1 - np.abs(line[:, None] - line * scale), 0, None).astype(np.float32)
+        disk = shared @ disk @ shared.T
     normed: Floats = disk / disk.sum()
     return normed
 
@@ -121,8 +125,8 @@ def _glass_blur(x: Floats, setting: Setting, scale: float, generators: Generator
     around it (it means to swap the two, but copies). `copied_from` gives that walk's result without
     walking.
     """
-    sigma, rounds = setting[0] * scale, int(setting[2])
-    reach = max(1, round(setting[1] * scale))
+    sigma, wanted, rounds = setting[0] * scale, setting[1] * scale, int(setting[2])
+    reach = math.ceil(wanted)
     count, height, width, channels = x.shape
     here = np.arange(height * width).reshape(height, width)
     inner = slice(reach + 1, height - reach + 1), slice(reach + 1, width - reach + 1)
@@ -132,6 +136,7 @@ def _glass_blur(x: Floats, setting: Setting, scale: float, generators: Generator
     for i, generator in enumerate(generators):
         for _ in range(rounds):
             steps = generator.integers(-reach, reach, (2, *inside.shape))
+            steps *= generator.random(inside.shape) < wanted / reach  # for a reach between whole pixels
             source = here.copy()
             source[inner] = inside + steps[0] * width + steps[1]
             pixels[i] = pixels[i][copied_from(source.ravel())]
@@ -214,13 +219,23 @@ def _luminance(x: Floats) -> Floats:
 
 
 def _snow(x: Floats, setting: Setting, scale: float, generators: Generators) -> Floats:
-    """A whitened image under streaks, and the same streaks turned by half a circle."""
+    """A whitened image under streaks, and the same streaks turned by half a circle.
+
+    The streaks are made at the published size and then resized: how many flakes pass the threshold depends on
+    their size in pixels.
+    """
     mean, deviation, flake, threshold, radius, sigma, kept = setting
-    noise: Floats = _drawn(generators, lambda g: g.standard_normal((*x.shape[1:3], 1), np.float32))
-    flakes = _enlarged(np.float32(mean) + np.float32(deviation) * noise, max(1.0, flake * scale))
+    height, width = x.shape[1:3]
+    drawn_size = round(height / scale), round(width / scale), 1
+    noise: Floats = _drawn(generators, lambda g: g.standard_normal(drawn_size, np.float32))
+    flakes = _enlarged(np.float32(mean) + np.float32(deviation) * noise, flake)
     flakes[flakes < threshold] = 0
     angles = [generator.uniform(-135, -45) for generator in generators]
-    flakes = _streaked(to_floats(to_bytes(flakes)), radius * scale, sigma * scale, angles)
+    flakes = _streaked(to_floats(to_bytes(flakes)), radius, sigma, angles)
+    if drawn_size[:2] != (height, width):
+        layers = [Image.fromarray(layer[..., 0]) for layer in flakes]
+        resized = [layer.resize((width, height), Image.Resampling.BILINEAR) for layer in layers]
+        flakes = np.stack([np.asarray(layer) for layer in resized])[..., None]
     white = np.maximum(x, _luminance(x) * np.float32(1.5) + np.float32(0.5))
     whitened = np.float32(kept) * x + np.float32(1 - kept) * white
     return np.asarray(whitened + flakes + flakes[:, ::-1, ::-1], np.float32)
@@ -288,8 +303,8 @@ def _brightness(x: Floats, setting: Setting, scale: float, generators: Generator
     """Adds to the value of HSV (the largest channel) and keeps hue and saturation."""
     value = x.max(axis=3, keepdims=True)
     raised = np.minimum(value + np.float32(setting[0]), np.float32(1))
-    grown = x * (raised / np.maximum(value, np.float32(1e-6)))
-    return np.where(value > 0, grown, raised)
+    raised_colour: Floats = np.where(value > 0, x * (raised / np.maximum(value, np.float32(1e-6))), raised)
+    return raised_colour
 
 
 def _saturate(x: Floats, setting: Setting, scale: float, generators: Generators) -> Floats:
@@ -317,7 +332,8 @@ def _contrast(x: Floats, setting: Setting, scale: float, generators: Generators)
 
 def _elastic_transform(x: Floats, setting: Setting, scale: float, generators: Generators) -> Floats:
     """A random affine map (three corners moved), then a bumpy one; bilinear both times."""
-    height_of_bumps, sigma, shift = (value * scale for value in setting)
+    # Smoothed noise keeps 1 / sigma of its height, so the height scales twice for bumps that scale once.
+    height_of_bumps, sigma, shift = setting[0] * scale**2, setting[1] * scale, setting[2] * scale
     _, height, width, _ = x.shape
     middle, arm = np.array([height // 2, width // 2]), min(height, width) // 3
     corners = middle + arm * np.array([[1, 1], [-1, 1], [-1, -1]])

@@ -1,0 +1,212 @@
+"""Moments: re-estimate the statistics of every norm from the stream, forward only, and set them through the ports.
+
+The source counts as some frames, so that a few target frames move little (Schneider et al., NeurIPS 2020). A dead zone
+keeps everything still that has no cause to move. A change of domain shows in the taps, and starts the estimate anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.delta import Delta
+from edge_adapt.errors import ConfigError
+from edge_adapt.methods.protocol import TAPS, Context, Observation, Step, configured
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsConfig:
+    """Defaults from trials on CIFAR ResNets, severity 5; see the README."""
+
+    period: int = 8
+    """One frame in so many is looked at, in quiet times."""
+    start: int = 256
+    """After a change of domain every frame is looked at until so many were seen."""
+    group: int = 8
+    """At most so many frames are looked at before the ports are set again."""
+    memory: int = 256
+    """Frames that the estimate averages over."""
+    source_count: float = 16.0
+    """How many frames the source counts as."""
+    dead_zone: float = 0.15
+    """A mean moves by what exceeds this many source standard deviations, a log-variance by what exceeds 1.4 times it."""
+    mode: str = "site"
+    ref: str = "bn"
+    quiet: bool = True
+    window: int = 8
+    """Looked-at frames over which a change of domain is noticed."""
+    alarm: float = 3.0
+    """Mean squared distance of the window from the estimate, in units of its own noise, that is a change of domain."""
+
+    def __post_init__(self) -> None:
+        for name in ("period", "start", "group", "memory", "window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"moments.{name} is {getattr(self, name)}, expected 1 or more", remedy="use the default")
+
+
+@dataclass(frozen=True)
+class MomentsState:
+    """Everything, in a few vectors [channels], whatever the length of the stream."""
+
+    mean: Array
+    """E[x] over the frames since the last change of domain."""
+    second: Array
+    """E[x^2]."""
+    spread: Array
+    """Variance of one frame's mean about `mean`."""
+    count: int
+    
+    recent_mean: Array
+    recent_second: Array
+    recent: int
+    """Frames in the window, at most `window`."""
+    seen: int
+    """Frames looked at since the last change of domain."""
+    delta: Delta
+    distance: float = 0.0
+    """The window's distance from the estimate, as compared with `alarm`."""
+
+
+class Moments:
+    """Answers with ports that lag: they are set from frames already seen."""
+
+    name: ClassVar[str] = "moments"
+    needs: frozenset[str] = frozenset({TAPS})
+    answers = False
+
+    def __init__(self, context: Context, config: MomentsConfig | None = None) -> None:
+        self.config: MomentsConfig = configured(config or MomentsConfig(), context.settings)
+        bundle = context.bundle
+        if not bundle.manifest.sites:
+            raise ConfigError(
+                f"bundle {bundle.manifest.name!r} has no norm site that `moments` could set",
+                remedy="export it with --calibration, which gives every convolution a port",
+            )
+        channels = bundle.channels
+        self.sizes = np.array([site.channels for site in bundle.manifest.sites])
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+        self.source_mean = _vector(bundle.source.get("taps.mean"), channels, 0.0)
+        self.source_second = _vector(bundle.source.get("taps.second"), channels, 1.0)
+        self.source_variance = np.maximum(self.source_second - np.square(self.source_mean), 1e-6)
+        self.source_spread = np.square(_vector(bundle.source.get("taps.frame_std"), channels, 0.5)) + 1e-6
+
+    def init(self) -> MomentsState:
+        zeros = np.zeros_like(self.source_mean)
+        return MomentsState(
+            mean=self.source_mean,
+            second=self.source_second,
+            spread=self.source_spread,
+            count=0,
+            recent_mean=zeros,
+            recent_second=zeros,
+            recent=0,
+            seen=0,
+            delta=Delta.source(),
+        )
+
+    def look(self, state: MomentsState, frames: int, passed: int) -> int:
+        if state.seen < self.config.start or self.config.period == 1:
+            return min(self.config.group, frames)
+        return min(self.config.group, frames, passed // (self.config.period - 1))
+
+    def step(self, state: MomentsState, seen: Observation) -> Step[MomentsState]:
+        assert seen.taps is not None
+        means, seconds = seen.taps
+        if not (np.isfinite(means).all() and np.isfinite(seconds).all()):
+            return Step(state, events=("refused: taps are not finite",))
+        frames = len(means)
+        mean, second = means.mean(axis=0), seconds.mean(axis=0)
+        state = self._slide(state, mean, second, frames)
+        state = replace(state, distance=self._distance(state))
+        events: tuple[str, ...] = ()
+        if state.distance > self.config.alarm and (not self.config.quiet or state.seen>=self.config.start/2 or state.distance> 10*self.config.alarm):
+            events = ("domain change",)
+            state = self._restart(state, mean, second, frames)
+        else:
+            state = self._pool(state, means, mean, second)
+        return Step(replace(state, delta=self._ports(state)), events=events)
+
+    def delta(self, state: MomentsState) -> Delta:
+        return state.delta
+
+    def _slide(self, state: MomentsState, mean: Array, second: Array, frames: int) -> MomentsState:
+        """Take the newest frames into the window."""
+        window = self.config.window
+        keep = (1 - 1 / window) ** frames if state.recent else 0.0
+        return replace(
+            state,
+            recent_mean=keep * state.recent_mean + (1 - keep) * mean,
+            recent_second=keep * state.recent_second + (1 - keep) * second,
+            recent=min(state.recent + frames, 2 * window - 1),
+        )
+
+    def _distance(self, state: MomentsState) -> float:
+        """Mean squared distance of window and estimate in units of its expectation; 1 where nothing changed."""
+        if state.count < self.config.window or state.recent < self.config.window:
+            return 0.0
+        noise = state.spread * (1 / state.recent + 1 / state.count)
+        return float(np.mean(np.square(state.recent_mean - state.mean) / noise))
+
+    def _restart(self, state: MomentsState, mean: Array, second: Array, frames: int) -> MomentsState:
+        """Forget the old domain; the window is all that is known of the new one."""
+        if frames < self.config.window:
+            mean, second, frames = state.recent_mean, state.recent_second, self.config.window
+        return replace(state, mean=mean, second=second, count=frames, seen=frames, recent=0)
+
+    def _pool(self, state: MomentsState, means: Array, mean: Array, second: Array) -> MomentsState:
+        """Average over the last `memory` frames, exactly while there are fewer."""
+        frames, memory = len(means), self.config.memory
+        if self.config.quiet:
+            memory = int(np.clip(state.seen / 2, 2 * self.config.source_count, memory))
+        rate = frames / min(state.count + frames, memory) if frames < memory else 1.0
+        slow = frames / (min(state.count + frames, memory) + memory / 4)
+        deviation = np.square(means - state.mean).mean(axis=0)
+        return replace(
+            state,
+            mean=state.mean + rate * (mean - state.mean),
+            second=state.second + rate * (second - state.second),
+            spread=state.spread + slow * (deviation - state.spread) if state.count else state.spread,
+            count=min(state.count + frames, memory),
+            seen=state.seen + frames,
+        )
+
+    def _ports(self, state: MomentsState) -> Delta:
+        """Mix with the source by count, leave out what lies in the dead zone, and say it as scale and shift."""
+        share = state.count / (state.count + self.config.source_count)
+        mean = share * state.mean + (1 - share) * self.source_mean
+        second = share * state.second + (1 - share) * self.source_second
+        variance = np.maximum(second - np.square(mean), 1e-3 * self.source_variance)
+        widened = np.log(variance / self.source_variance)
+        unit = np.sqrt(np.minimum(variance, self.source_variance))
+        moved = (mean - self.source_mean) / unit
+        zone = self.config.dead_zone
+        if self.config.mode == "site":
+            d2 = np.square(moved) + np.square(widened) / 2
+            per = np.add.reduceat(d2, self.starts) / self.sizes
+            rho = np.repeat(np.maximum(0, 1 - zone / np.sqrt(per + 1e-12)), self.sizes)
+            rm = rv = rho
+        else:
+            rm = np.maximum(0, 1 - zone / (np.abs(moved) + 1e-12))
+            rv = np.maximum(0, 1 - 1.4 * zone / (np.abs(widened) + 1e-12))
+        if self.config.ref == "bn":
+            scale = np.exp(-rv * np.log(variance) / 2)
+            shift = -scale * rm * mean
+        else:
+            scale = np.exp(-rv * widened / 2)
+            shift = self.source_mean - scale * (self.source_mean + rm * (mean - self.source_mean))
+        return Delta.of_ports(scale, shift)
+
+
+def _shrink(value: Array, zone: float) -> Array:
+    """What exceeds the zone, towards zero from either side."""
+    made: Array = np.sign(value) * np.maximum(np.abs(value) - zone, 0)
+    return made
+
+
+def _vector(value: Array | None, size: int, default: float) -> Array:
+    return np.full(size, default) if value is None else value.astype(np.float64)

@@ -1,0 +1,108 @@
+"""What a method is: a small state and a pure step. It imports no engine, no file, no clock, and never sees a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from numpy.typing import NDArray
+
+from edge_adapt.bundle import Bundle
+from edge_adapt.delta import Delta
+from edge_adapt.errors import ConfigError
+from edge_adapt.tail import Tail
+
+Array = NDArray[Any]
+S = TypeVar("S")
+
+TAPS, CUT = "taps", "cut"
+"""What a method may need of a look."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one look at some frames gave."""
+
+    frames: Array
+    """[N, ...] float32, as the network is fed."""
+    logits: Array | None
+    """[N, K], what the engine answered with the delta in force; None where the method answers."""
+    cut: Array | None = None
+    """[N, ...], the tensor at the cut; the frames themselves when the cut is the input."""
+    taps: tuple[Array, Array] | None = None
+    """Mean and second moment of every site's normalised input, each [N, channels]; source is 0 and 1."""
+    trunk: Callable[[Array], Array] | None = None
+    """Frames -> tensor at the cut: one more pass through the engine, for augmented views."""
+
+
+@dataclass(frozen=True)
+class Step(Generic[S]):
+    """What a step leaves behind."""
+
+    state: S
+    logits: Array | None = None
+    """[N, K], the answer, from a method that answers itself; None: the engine's answer stands."""
+    events: tuple[str, ...] = ()
+    """What is worth telling: a change of domain, a refused step."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is built on."""
+
+    bundle: Bundle
+    tail: Callable[[], Tail]
+    """Loads the tail when first called; methods without gradients never do."""
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Values for fields of the method's config."""
+
+    @property
+    def reference(self) -> bool:
+        """True in reference mode: cut at the input, the method runs the whole network in torch, as published."""
+        return self.bundle.is_reference
+
+
+class Method(Protocol[S]):
+    """State is a value: keep one and you have a snapshot, pass an old one and you have a rollback.
+
+    `step` must not modify the state it is given. A method that is new is found by the entry point group
+    `edge_adapt.methods` and tested by the contract suite.
+    """
+
+    name: ClassVar[str]
+    needs: frozenset[str]
+    """Of `taps` and `cut`, what a look must bring."""
+    answers: bool
+    """True if `step` returns the answer itself; False if the engine answers with `delta(state)`."""
+
+    def __init__(self, context: Context) -> None: ...
+
+    def init(self) -> S: ...
+
+    def look(self, state: S, frames: int, passed: int) -> int:
+        """How many of the next `frames` frames to look at before the next step; 0 answers all of them unseen.
+
+        `passed` frames were answered unseen since the last look.
+        """
+        ...
+
+    def step(self, state: S, seen: Observation) -> Step[S]: ...
+
+    def delta(self, state: S) -> Delta:
+        """What the next answers shall be given with. The same object as long as nothing changed."""
+        ...
+
+
+def configured(config: Any, settings: dict[str, Any]) -> Any:
+    """A frozen config dataclass with some fields replaced. Raises: ConfigError for an unknown field."""
+    from dataclasses import fields, replace
+
+    from edge_adapt.errors import did_you_mean
+
+    known = {item.name for item in fields(config)}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"{type(config).__name__} has no setting {name!r}", remedy=did_you_mean(name, known))
+    return replace(config, **settings)

@@ -1,0 +1,76 @@
+"""Answers from one engine with one delta in force. Everything that runs the network on behalf of others is here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.bundle import Bundle
+from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
+from edge_adapt.engines.protocol import Engine
+from edge_adapt.merge import Merger
+from edge_adapt.methods.protocol import CUT, TAPS, Observation
+from edge_adapt.taps import undo
+
+Array = NDArray[Any]
+
+
+class Predictor:
+    """Engine, bundle and the delta in force."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle, self.engine = bundle, engine
+        self.delta = Delta.source()
+        self.passes = 0
+        """Frames that went through the engine so far, looks and views included."""
+        self._merge = Merger(bundle)
+        self._in_force = self._affine(self.delta)
+
+    def answer(self, frames: Array) -> Array:
+        """Logits [N, K] with the delta in force."""
+        self.passes += len(frames)
+        return self._logits(self.engine.run(frames))
+
+    def look(self, frames: Array, needs: frozenset[str]) -> Observation:
+        """Answer, and see what `needs` asks for."""
+        self.passes += len(frames)
+        seen = self.engine.observe(frames, cut=CUT in needs, taps=TAPS in needs)
+        taps = None if seen.taps is None else undo(seen.taps, *self._in_force)
+        return Observation(frames, self._logits(seen.logits), seen.cut, taps, self.trunk)
+
+    def trunk(self, frames: Array) -> Array:
+        """The tensor at the cut, for frames that are not answered."""
+        if self.bundle.is_reference:
+            return frames
+        self.passes += len(frames)
+        cut = self.engine.observe(frames, cut=True, taps=False).cut
+        assert cut is not None
+        return cut
+
+    def apply(self, delta: Delta) -> bool:
+        """Put another delta in force; True if it is another one. Raises: StateError, and the old one stays."""
+        if delta is self.delta:
+            return False
+        self.engine.apply(self._merge(delta))
+        self.delta, self._in_force = delta, self._affine(delta)
+        return True
+
+    def _affine(self, delta: Delta) -> tuple[Array, Array, Array, Array]:
+        """Norm weight and bias, port scale and shift, as they are in force: what a tap has to be freed of."""
+        weight, bias = self._merge.weight, self._merge.bias
+        if delta.tail:
+            weight, bias = weight.copy(), bias.copy()
+            for name, value in delta.tail.items():
+                site, _, role = name.rpartition(".")
+                if site in self.bundle.slices and role in ("weight", "bias"):
+                    (weight if role == "weight" else bias)[self.bundle.slices[site]] = value
+        ones, zeros = np.ones_like(weight), np.zeros_like(weight)
+        return weight, bias, delta.get(PORT_SCALE, ones), delta.get(PORT_SHIFT, zeros)
+
+    def _logits(self, output: Array) -> Array:
+        if self.bundle.manifest.output == "probabilities":
+            made: Array = np.log(np.maximum(output, 1e-12))
+            return made
+        return output
