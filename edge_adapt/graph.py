@@ -15,8 +15,9 @@ Array = NDArray[Any]
 TAPS = "taps"
 """Output of a tapped graph, [N, 2, channels of all sites]: mean and second moment of every norm site."""
 
-SIDE = 4
-"""A tap looks at no more positions of a map than this, along each side."""
+SIDE, FULL_SIDE = 16, 1 << 30
+"""A tap looks at every second position of a map, and at no more than `SIDE` along each side. Every second one holds as
+large a share of border as the map does: next to padding the moments are others, and fewer samples would miss that."""
 
 
 def initializers(graph: onnx.GraphProto) -> dict[str, Array]:
@@ -120,7 +121,12 @@ def float_info(name: str, dims: Sequence[int | str | None]) -> onnx.ValueInfoPro
 
 
 def graft_taps(
-    model: onnx.ModelProto, tensors: Sequence[str], *, tokens: Iterable[str] = (), extra: Sequence[str] = ()
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    *,
+    tokens: Iterable[str] = (),
+    extra: Sequence[str] = (),
+    side: int = SIDE,
 ) -> onnx.ModelProto:
     """Add the output `taps`, and tensors of the graph as further outputs.
 
@@ -132,12 +138,13 @@ def graft_taps(
         tensors: what to tap, in the order of the output's channels; [N, C, ...], reduced over positions.
         tokens: those of them that are [N, T, C], reduced over the tokens.
         extra: names of further tensors to return as they are, such as the cut.
+        side: positions of a map that are looked at, along each side.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph, dims = made.graph, shapes(model)
     if tensors:
-        _add_taps(graph, dims, tensors, set(tokens))
+        _add_taps(graph, dims, tensors, set(tokens), side)
         graph.output.append(float_info(TAPS, [dims[graph.input[0].name][0], 2, None]))
     present = {info.name for info in graph.output}
     graph.output.extend(float_info(name, dims[name]) for name in extra if name not in present)
@@ -149,6 +156,7 @@ def _add_taps(
     dims: Mapping[str, Sequence[int | str | None]],
     tensors: Sequence[str],
     tokens: set[str],
+    side: int,
 ) -> None:
     made_by = producers(graph)
     parts: list[str] = []
@@ -157,7 +165,7 @@ def _add_taps(
     for name in tensors:
         found = name, tuple(dims[name][2:])
         if name not in tokens:
-            found = _sampled(graph, made_by.get(name), dims[name], name)
+            found = _sampled(graph, made_by.get(name), dims[name], name, side)
         if run and (found[1] != size or name in tokens):
             parts.append(_reduced(graph, run, len(parts), maps=bool(size)))
             run = []
@@ -173,27 +181,25 @@ def _add_taps(
 
 
 def _sampled(
-    graph: onnx.GraphProto, node: onnx.NodeProto | None, dims: Sequence[int | str | None], name: str
+    graph: onnx.GraphProto,
+    node: onnx.NodeProto | None,
+    dims: Sequence[int | str | None],
+    name: str,
+    side: int,
 ) -> tuple[str, tuple[object, ...]]:
     """A second convolution with the weights of the first and longer strides: its output, and the size of that."""
     sizes = [size for size in dims[2:] if isinstance(size, int)]
     if node is None or node.op_type != "Conv" or len(sizes) != len(dims) - 2:
         return name, tuple(dims[2:])
     facts = attributes(node)
-    steps = [-(-size // SIDE) for size in sizes]
+    steps = [max(min(2, size), -(-size // side)) if side < FULL_SIDE else 1 for size in sizes]
     if facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or max(steps) < 2:
         return name, tuple(sizes)
-    rank = len(sizes)
-    strides, pads = facts.get("strides", [1] * rank), list(facts.get("pads", [0] * 2 * rank))
-    # Less padding in front makes the samples start further in: the border, which sees padding, is not typical.
-    starts = [min(pad // stride, step // 2) for pad, stride, step in zip(pads, strides, steps, strict=False)]
-    facts["pads"] = [pad - start * stride for pad, start, stride in zip(pads, starts, strides, strict=False)] + pads[rank:]
+    strides = facts.get("strides", [1] * len(sizes))
     facts["strides"] = [stride * step for stride, step in zip(strides, steps, strict=True)]
     sampled = f"tap/{name}/sampled"
     graph.node.append(helper.make_node("Conv", list(node.input), [sampled], name=sampled, **facts))
-    return sampled, tuple(
-        -(-(size - start) // step) for size, start, step in zip(sizes, starts, steps, strict=True)
-    )
+    return sampled, tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))
 
 
 def _reduced(graph: onnx.GraphProto, names: Sequence[str], number: int, *, maps: bool) -> str:

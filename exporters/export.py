@@ -109,8 +109,7 @@ def export(
         bundle = Bundle.load(folder)
         engine = OnnxRuntimeEngine(bundle)
         if frames is not None:
-            batches = [frames[start : start + BATCH] for start in range(0, len(frames), BATCH)]
-            source |= source_statistics(bundle, engine, batches, lambda count: None)
+            source |= source_statistics(bundle, engine, frames, lambda count: None)
         report("parity gate")
         torch_model: nn.Module = model.module if _names_match(model.module, folded.sites) else GraphModule(network).eval()
         samples = _parity_frames(model.input, frames)

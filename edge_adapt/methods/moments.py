@@ -31,13 +31,14 @@ class MomentsConfig:
     """At most so many frames are looked at before the ports are set again."""
     memory: int = 256
     """Frames that the estimate averages over."""
-    source_count: float = 16.0
+    source_count: float = 8.0
     """How many frames the source counts as."""
-    dead_zone: float = 0.15
-    """A mean moves by what exceeds this many source standard deviations, a log-variance by what exceeds 1.4 times it."""
-    mode: str = "site"
-    ref: str = "bn"
-    quiet: bool = True
+    dead_zone: float = 0.06
+    """A site moves only as far as its channels, on average, differ from source by more than this: the root mean square
+    of the shifts, in standard deviations, and of the changes of log-variance, over the square root of 2."""
+    zm: int = 0
+    gain: float = 0.0
+    percal: int = 0
     window: int = 8
     """Looked-at frames over which a change of domain is noticed."""
     alarm: float = 3.0
@@ -92,7 +93,13 @@ class Moments:
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         self.source_mean = _vector(bundle.source.get("taps.mean"), channels, 0.0)
         self.source_second = _vector(bundle.source.get("taps.second"), channels, 1.0)
+        full_mean = _vector(bundle.source.get("taps.full_mean"), channels, 0.0)
+        full_second = _vector(bundle.source.get("taps.full_second"), channels, 1.0)
         self.source_variance = np.maximum(self.source_second - np.square(self.source_mean), 1e-6)
+        full_variance = np.maximum(full_second - np.square(full_mean), 1e-6)
+        self.calm = -np.log(np.maximum(full_variance, 1.0)) / 2
+        if self.config.percal==1: self.calm[:] = min(0, -np.log(np.mean(full_variance))/2)
+        if self.config.percal==2: self.calm[:] = 0
         self.source_spread = np.square(_vector(bundle.source.get("taps.frame_std"), channels, 0.5)) + 1e-6
 
     def init(self) -> MomentsState:
@@ -124,7 +131,7 @@ class Moments:
         state = self._slide(state, mean, second, frames)
         state = replace(state, distance=self._distance(state))
         events: tuple[str, ...] = ()
-        if state.distance > self.config.alarm and (not self.config.quiet or state.seen>=self.config.start/2 or state.distance> 10*self.config.alarm):
+        if state.distance > (self.config.alarm if state.seen >= self.config.start / 2 else 10 * self.config.alarm):
             events = ("domain change",)
             state = self._restart(state, mean, second, frames)
         else:
@@ -161,8 +168,8 @@ class Moments:
     def _pool(self, state: MomentsState, means: Array, mean: Array, second: Array) -> MomentsState:
         """Average over the last `memory` frames, exactly while there are fewer."""
         frames, memory = len(means), self.config.memory
-        if self.config.quiet:
-            memory = int(np.clip(state.seen / 2, 2 * self.config.source_count, memory))
+        # While the ports move much, what was seen before they did is worth less: forget the older half.
+        memory = int(np.clip(state.seen / 2, 32, memory))
         rate = frames / min(state.count + frames, memory) if frames < memory else 1.0
         slow = frames / (min(state.count + frames, memory) + memory / 4)
         deviation = np.square(means - state.mean).mean(axis=0)
@@ -184,28 +191,13 @@ class Moments:
         widened = np.log(variance / self.source_variance)
         unit = np.sqrt(np.minimum(variance, self.source_variance))
         moved = (mean - self.source_mean) / unit
-        zone = self.config.dead_zone
-        if self.config.mode == "site":
-            d2 = np.square(moved) + np.square(widened) / 2
-            per = np.add.reduceat(d2, self.starts) / self.sizes
-            rho = np.repeat(np.maximum(0, 1 - zone / np.sqrt(per + 1e-12)), self.sizes)
-            rm = rv = rho
-        else:
-            rm = np.maximum(0, 1 - zone / (np.abs(moved) + 1e-12))
-            rv = np.maximum(0, 1 - 1.4 * zone / (np.abs(widened) + 1e-12))
-        if self.config.ref == "bn":
-            scale = np.exp(-rv * np.log(variance) / 2)
-            shift = -scale * rm * mean
-        else:
-            scale = np.exp(-rv * widened / 2)
-            shift = self.source_mean - scale * (self.source_mean + rm * (mean - self.source_mean))
+        distance = np.add.reduceat(np.square(moved) + np.square(widened) / 2, self.starts) / self.sizes
+        weight = np.repeat(np.maximum(0, 1 - self.config.dead_zone / np.sqrt(distance + 1e-12)), self.sizes)
+        calm = weight * self.calm * 1.0 + weight * self.config.gain
+        scale = np.exp(calm - weight * widened / 2)
+        target = np.exp(calm) * self.source_mean if self.config.zm==0 else (1-weight)*self.source_mean
+        shift = target - scale * (self.source_mean + weight * (mean - self.source_mean))
         return Delta.of_ports(scale, shift)
-
-
-def _shrink(value: Array, zone: float) -> Array:
-    """What exceeds the zone, towards zero from either side."""
-    made: Array = np.sign(value) * np.maximum(np.abs(value) - zone, 0)
-    return made
 
 
 def _vector(value: Array | None, size: int, default: float) -> Array:

@@ -1,0 +1,36 @@
+"""Peak memory of this process over a stretch of work, where the system tells it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Start it when plain inference is warm; `extra_mb` is what has been needed above that since."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            CLEAR.write_text("5")  # resets the high-water mark
+            self._start: float | None = _status("VmRSS")
+        except (OSError, AttributeError, KeyError):
+            self._start = None
+
+    @property
+    def extra_mb(self) -> float | None:
+        """Megabytes; None where the system does not tell."""
+        if self._start is None:
+            return None
+        return round(max(0.0, _status("VmHWM") - self._start) / 1024, 1)
+
+
+def _status(key: str) -> float:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return float(line.split()[1])
+    raise KeyError(key)

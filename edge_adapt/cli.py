@@ -1,0 +1,57 @@
+"""The command `edge-adapt`. Commands come by entry point, so that this package needs neither exporters nor benchmarks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import entry_points
+
+import typer
+
+from edge_adapt.errors import EdgeAdaptError
+from edge_adapt.plugins import COMMANDS
+
+INTERRUPTED, WRONG = 130, 2
+USAGE_ERROR = typer.BadParameter.__mro__[2]
+"""Base of every complaint about arguments; some versions of typer bring it along, others import it from click."""
+
+
+def build() -> typer.Typer:
+    """The command line with everything that is installed. Commands import what they need when they run."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Continual test-time adaptation for edge devices.",
+    )
+    for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name):
+        command = point.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=point.name)
+        else:
+            app.command(point.name)(command)
+    return app
+
+
+def main() -> None:
+    """Run, and turn what a user can do wrong into one clear message: 2 for an error, 130 for Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of one call."""
+    try:
+        code = build()(args=arguments, prog_name="edge-adapt", standalone_mode=False)
+    except EdgeAdaptError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        return WRONG
+    except (KeyboardInterrupt, typer.Abort):
+        typer.secho("interrupted", err=True)
+        return INTERRUPTED
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except USAGE_ERROR as error:
+        error.show()
+        return WRONG
+    return code if isinstance(code, int) else 0

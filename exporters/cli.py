@@ -1,0 +1,79 @@
+"""`edge-adapt export`, `info` and `check`: arguments only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="zoo:NAME, package.module:factory, or a path to an .onnx file")],
+    out: Annotated[Path, typer.Option(help="folder of the bundle; made, with its parents")],
+    weights: Annotated[Path | None, typer.Option(help=".safetensors or .pth for the model")] = None,
+    cut: Annotated[str | None, typer.Option(help="module or tensor where the trunk ends; `input` for reference mode")] = None,
+    calibration: Annotated[str | None, typer.Option(help="source frames: .npz, image folder, or sklearn:digits")] = None,
+    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
+    force: Annotated[bool, typer.Option(help="replace an existing bundle")] = False,
+) -> None:
+    """Split a model at the cut, give every norm a port and a tap, and write a bundle that passed its parity gate."""
+    from edge_adapt.errors import ConfigError
+    from edge_adapt.streams.data import load_data
+    from edge_adapt.threads import one_thread
+    from exporters.export import export as run
+    from exporters.export import from_spec
+
+    one_thread()
+    if precision != "fp32":
+        raise ConfigError(f"precision {precision!r} is not supported", remedy="use fp32")
+    frames = None
+    if calibration is not None:
+        data = load_data(calibration)
+        frames = data.images if data.images is not None else next(iter(data.shifts.values()))
+    typer.echo(f"exporting {model}", err=True)
+    made = from_spec(model, weights=weights)
+    run(made, out, calibration=frames, cut=cut, force=force, report=lambda text: typer.echo(f"  {text}", err=True))
+    typer.echo(str(out))
+
+
+def info(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the manifest as it is")] = False,
+) -> None:
+    """Say what is inside a bundle."""
+    from edge_adapt.bundle import read_manifest
+
+    manifest = read_manifest(bundle)
+    if as_json:
+        typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=1))
+        return
+    sites, spec, parity = manifest.sites, manifest.input, manifest.parity
+    lines = {
+        "model": manifest.name,
+        "input": f"{spec.shape} {spec.layout} float32, (raw / {spec.scale:g} - {list(spec.mean)}) / {list(spec.std)}",
+        "output": f"{manifest.outputs} {manifest.output}",
+        "cut": f"{manifest.cut.name} {manifest.cut.shape}",
+        "norm sites": f"{len(sites)}, {sum(site.channels for site in sites)} channels, "
+        f"{sum(site.in_tail for site in sites)} sites in the tail",
+        "calibration": f"{manifest.calibration_samples} frames",
+        "parity": f"{max(parity.identity_ports, parity.random_ports, parity.tail):.1e} of the output's scale, "
+        f"{parity.tolerance:.0e} allowed ({parity.samples} {parity.data} samples)",
+        "opset": f"{manifest.opset}, {manifest.precision}",
+        "created": manifest.created,
+        **manifest.provenance,
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:>12}  {text}")
+
+
+def check(bundle: Annotated[Path, typer.Argument(help="folder of a bundle")]) -> None:
+    """Verify hashes, schema and parity again. Exit code 2 if anything is wrong."""
+    from edge_adapt.threads import one_thread
+    from exporters.export import check as run
+
+    one_thread()
+    errors = run(bundle, report=lambda text: typer.echo(f"  ok: {text}", err=True))
+    for name, error in errors.items():
+        typer.echo(f"{name:>12}  {error:.1e} of the output's scale")
