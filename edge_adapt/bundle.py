@@ -104,6 +104,8 @@ class Manifest(_Part):
     cut: Cut
     sites: tuple[Site, ...]
     layers: tuple[LiveLayer, ...]
+    tap_side: int = 0
+    """A tap looks at so many positions of a map along each side, at most; 0 is all of them."""
     prompts: int | None = None
     """Width of the prompt tokens that the graph takes, for a transformer."""
     opset: int

@@ -15,9 +15,9 @@ Array = NDArray[Any]
 TAPS = "taps"
 """Output of a tapped graph, [N, 2, channels of all sites]: mean and second moment of every norm site."""
 
-SIDE, FULL_SIDE = 16, 1 << 30
-"""A tap looks at every second position of a map, and at no more than `SIDE` along each side. Every second one holds as
-large a share of border as the map does: next to padding the moments are others, and fewer samples would miss that."""
+SIDE = 16
+"""A sampled tap looks at every second position of a map, and at no more than this along each side. Every second one
+holds as large a share of border as the map does: next to padding the moments are others."""
 
 
 def initializers(graph: onnx.GraphProto) -> dict[str, Array]:
@@ -126,19 +126,19 @@ def graft_taps(
     *,
     tokens: Iterable[str] = (),
     extra: Sequence[str] = (),
-    side: int = SIDE,
+    side: int = 0,
 ) -> onnx.ModelProto:
     """Add the output `taps`, and tensors of the graph as further outputs.
 
-    A tap on a convolution does not read its output: that would break the fusion with the activation, and cost as much
-    as the network. It runs the same convolution, with the same weights, at every k-th position only, so that `SIDE` x
-    `SIDE` values a channel remain; the main path stays as it was.
+    Reading a convolution's output breaks its fusion with the activation, and takes a pass over memory: cheap where the
+    convolution is heavy, as much as the network itself where it is light (depthwise ones). A sampled tap runs the same
+    convolution again, with the same weights, at some positions only, and leaves the main path as it was.
 
     Args:
         tensors: what to tap, in the order of the output's channels; [N, C, ...], reduced over positions.
         tokens: those of them that are [N, T, C], reduced over the tokens.
         extra: names of further tensors to return as they are, such as the cut.
-        side: positions of a map that are looked at, along each side.
+        side: positions of a map that are looked at, along each side, at most; 0 looks at all of them.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
@@ -192,7 +192,7 @@ def _sampled(
     if node is None or node.op_type != "Conv" or len(sizes) != len(dims) - 2:
         return name, tuple(dims[2:])
     facts = attributes(node)
-    steps = [max(min(2, size), -(-size // side)) if side < FULL_SIDE else 1 for size in sizes]
+    steps = [max(min(2, size), -(-size // side)) if side else 1 for size in sizes]
     if facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or max(steps) < 2:
         return name, tuple(sizes)
     strides = facts.get("strides", [1] * len(sizes))

@@ -35,7 +35,6 @@ def import_network(path: Path) -> onnx.ModelProto:
             f"{str(error).splitlines()[0]}",
             remedy="export it again with a newer opset",
         ) from error
-    model.ir_version = max(model.ir_version, 8)
     for _ in range(2):
         optimizer.fold_constants(model)
         optimizer.remove_unused_nodes(model)
@@ -44,6 +43,7 @@ def import_network(path: Path) -> onnx.ModelProto:
 
 def _inputs_are_not_weights(model: onnx.ModelProto) -> None:
     """Old files list every weight among the inputs."""
+    model.ir_version = max(model.ir_version, 8)  # before version 4 a weight had to be an input
     names = {tensor.name for tensor in model.graph.initializer}
     kept = [info for info in model.graph.input if info.name not in names]
     del model.graph.input[:]

@@ -107,7 +107,9 @@ def fold(model: onnx.ModelProto) -> Folded:
             layer = helper.make_node(
                 "Conv", [norm.input[0], "", ""], [norm.output[0]], name=f"{norm.name}_conv", group=len(gamma)
             )
-            graph.node.insert(list(graph.node).index(norm), layer)
+            place = list(graph.node).index(norm)
+            graph.node.insert(place, layer)
+            layer = graph.node[place]  # protobuf stored a copy
         else:
             assert before is not None
             layer = before

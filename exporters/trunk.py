@@ -13,7 +13,7 @@ from exporters.sites import Folded
 PORTS = ("ports_scale", "ports_shift")
 
 
-def ported_trunk(folded: Folded, cut: str) -> onnx.ModelProto:
+def ported_trunk(folded: Folded, cut: str, tap_side: int) -> onnx.ModelProto:
     """Image and ports -> the tensor at the cut, and taps.
 
     A port multiplies and shifts the normalised value of its site: weight * (scale * x + shift) + bias. In the folded
@@ -28,7 +28,7 @@ def ported_trunk(folded: Folded, cut: str) -> onnx.ModelProto:
     if not sites:
         return model
     tokens = [site.tensor for site in sites if site.kind == "layer_norm"]
-    model = graft_taps(model, [site.tensor for site in sites], tokens=tokens)
+    model = graft_taps(model, [site.tensor for site in sites], tokens=tokens, side=tap_side)
     _graft_ports(model, sites, folded.constants)
     return model
 

@@ -142,7 +142,8 @@ class OnnxRuntimeEngine:
         sites = self.bundle.manifest.sites if taps else ()
         tokens = [site.tensor for site in sites if site.kind == "layer_norm"]
         extra = [self.bundle.manifest.cut.tensor] if cut else []
-        return graft_taps(model or self._model, [site.tensor for site in sites], tokens=tokens, extra=extra)
+        tensors, side = [site.tensor for site in sites], self.bundle.manifest.tap_side
+        return graft_taps(model or self._model, tensors, tokens=tokens, extra=extra, side=side)
 
     def _try_live(self) -> _LivePlan | None:
         """In-place weights, verified against a rebuilt session with other weights; None with a logged reason."""

@@ -86,6 +86,7 @@ class TorchEngine:
             sites = self.bundle.manifest.sites if taps else ()
             tokens = [site.tensor for site in sites if site.kind == "layer_norm"]
             extra = [self.bundle.manifest.cut.tensor] if cut else []
-            graph = graft_taps(self._model, [site.tensor for site in sites], tokens=tokens, extra=extra)
+            tensors, side = [site.tensor for site in sites], self.bundle.manifest.tap_side
+            graph = graft_taps(self._model, tensors, tokens=tokens, extra=extra, side=side)
             self._modules[key] = GraphModule(graph).eval()
         return self._modules[key]

@@ -19,6 +19,10 @@ from edge_adapt.methods.protocol import TAPS, Context, Observation, Step, config
 Array = NDArray[Any]
 
 
+STALE = 1.1
+"""Mean measured variance, in units of the stored one, above which the stored statistics are taken as outdated."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
     """Defaults from trials on CIFAR ResNets, severity 5; see the README."""
@@ -36,9 +40,6 @@ class MomentsConfig:
     dead_zone: float = 0.06
     """A site moves only as far as its channels, on average, differ from source by more than this: the root mean square
     of the shifts, in standard deviations, and of the changes of log-variance, over the square root of 2."""
-    zm: int = 0
-    gain: float = 0.0
-    percal: int = 0
     window: int = 8
     """Looked-at frames over which a change of domain is noticed."""
     alarm: float = 3.0
@@ -93,13 +94,12 @@ class Moments:
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         self.source_mean = _vector(bundle.source.get("taps.mean"), channels, 0.0)
         self.source_second = _vector(bundle.source.get("taps.second"), channels, 1.0)
-        full_mean = _vector(bundle.source.get("taps.full_mean"), channels, 0.0)
-        full_second = _vector(bundle.source.get("taps.full_second"), channels, 1.0)
         self.source_variance = np.maximum(self.source_second - np.square(self.source_mean), 1e-6)
-        full_variance = np.maximum(full_second - np.square(full_mean), 1e-6)
-        self.calm = -np.log(np.maximum(full_variance, 1.0)) / 2
-        if self.config.percal==1: self.calm[:] = min(0, -np.log(np.mean(full_variance))/2)
-        if self.config.percal==2: self.calm[:] = 0
+        # Where a site is moved to: source as it was measured. A network whose stored statistics are much narrower than
+        # its source really is (an average that lagged in training) does better with what training normalised to.
+        stale = float(self.source_variance.mean()) > STALE
+        self.target_mean = np.zeros(channels) if stale else self.source_mean
+        self.target_variance = np.minimum(self.source_variance, 1.0) if stale else self.source_variance
         self.source_spread = np.square(_vector(bundle.source.get("taps.frame_std"), channels, 0.5)) + 1e-6
 
     def init(self) -> MomentsState:
@@ -193,9 +193,10 @@ class Moments:
         moved = (mean - self.source_mean) / unit
         distance = np.add.reduceat(np.square(moved) + np.square(widened) / 2, self.starts) / self.sizes
         weight = np.repeat(np.maximum(0, 1 - self.config.dead_zone / np.sqrt(distance + 1e-12)), self.sizes)
-        calm = weight * self.calm * 1.0 + weight * self.config.gain
-        scale = np.exp(calm - weight * widened / 2)
-        target = np.exp(calm) * self.source_mean if self.config.zm==0 else (1-weight)*self.source_mean
+        # weight 0 leaves the site alone, weight 1 gives every channel the target's mean and variance.
+        target = (1 - weight) * self.source_mean + weight * self.target_mean
+        widened = weight * (widened + np.log(self.source_variance / self.target_variance))
+        scale = np.exp(-widened / 2)
         shift = target - scale * (self.source_mean + weight * (mean - self.source_mean))
         return Delta.of_ports(scale, shift)
 

@@ -46,6 +46,9 @@ class LearnerConfig:
     """Device: a step needs so many looked-at frames; fewer are kept until they are enough."""
     pull: float = 0.01
     """Device: after each step, this share of the way back to source, as in ROID (Marsden et al., WACV 2024)."""
+    keep: float = 0.0
+    """Device: at a change of domain, the share of what was learned that stays."""
+    settle: int = 0
     moments: dict[str, Any] = field(default_factory=dict)
     """Device: settings of the `Moments` inside."""
 
@@ -204,8 +207,8 @@ class Learner:
         inner = moments.step(state.moments, seen)
         state = replace(state, moments=inner.state, owed=count * self.settings.more, unfed=0)
         if "domain change" in inner.events:
-            # What was learned stays. Frames that were kept, and old gradients, are of another domain.
-            state = replace(state, adam=AdamState(), frames=None, cut=None)
+            student, teacher = (mix(self.source, values, self.settings.keep) for values in (state.student, state.teacher))
+            state = replace(state, student=student, teacher=teacher, adam=AdamState(), frames=None, cut=None, updates=state.updates+1)
         return state, inner.events
 
     def _stepped(
