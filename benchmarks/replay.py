@@ -66,6 +66,8 @@ class Replay:
             raise ConfigError(f"severity is {self.severity}, expected 1 to 5", remedy="the field reports 5")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit is {self.limit}, expected 1 or more", remedy="leave it out for all frames")
+        if not self.methods:
+            raise ConfigError("no method was given", remedy="name one or more, such as source,moments")
         for name in self.corruptions:
             if name not in CORRUPTIONS:
                 raise ConfigError(f"there is no corruption {name!r}", remedy=did_you_mean(name, CORRUPTIONS))
@@ -115,7 +117,7 @@ def replay(
             "seed": plan.seed,
             "limit": plan.limit,
             "mode": "reference" if bundle.is_reference else "device",
-            "methods": plan.settings,
+            **({"methods": plan.settings} if plan.settings else {}),
         },
         "environment": environment(plan.threads, engine.description),
         "shifts": _places(shifts),

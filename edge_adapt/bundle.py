@@ -142,6 +142,14 @@ class Bundle:
             source = load_safetensors((path / SOURCE).read_bytes())
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path / SOURCE} cannot be read: {error}", remedy="export it again") from error
+        for site in manifest.sites:
+            for role in ("mean", "std", "weight", "bias", "offset"):
+                found_shape = source[f"{site.name}.{role}"].shape if f"{site.name}.{role}" in source else None
+                if found_shape != (site.channels,):
+                    raise ArtifactError(
+                        f"{path / SOURCE}: {site.name}.{role} has shape {found_shape}, {MANIFEST} says ({site.channels},)",
+                        remedy="copy the bundle again, or export it again",
+                    )
         return cls(path, manifest, source)
 
     @cached_property

@@ -15,6 +15,9 @@ Array = NDArray[Any]
 TAPS = "taps"
 """Output of a tapped graph, [N, 2, channels of all sites]: mean and second moment of every norm site."""
 
+CLS = "cls"
+"""Output of a tapped transformer, [N, channels of its sites]: the class token behind every norm, one after the other."""
+
 SIDE = 16
 """A sampled tap looks at every second position of a map, and at no more than this along each side. Every second one
 holds as large a share of border as the map does: next to padding the moments are others."""
@@ -142,10 +145,14 @@ def graft_taps(
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    graph, dims = made.graph, shapes(model)
+    graph, dims, tokens = made.graph, shapes(model), list(tokens)
     if tensors:
         _add_taps(graph, dims, tensors, set(tokens), side)
-        graph.output.append(float_info(TAPS, [dims[graph.input[0].name][0], 2, None]))
+        batch = dims[graph.input[0].name][0]
+        graph.output.append(float_info(TAPS, [batch, 2, None]))
+        if tokens:
+            _add_class_tokens(graph, tokens)
+            graph.output.append(float_info(CLS, [batch, None]))
     present = {info.name for info in graph.output}
     graph.output.extend(float_info(name, dims[name]) for name in extra if name not in present)
     return made
@@ -226,6 +233,14 @@ def _token_moments(graph: onnx.GraphProto, name: str) -> str:
     for source, target in zip((name, f"{base}/squares"), rows, strict=True):
         graph.node.append(helper.make_node("ReduceMean", [source, "tap/axis"], [target], keepdims=0, name=target))
     return _stacked(graph, rows, base)
+
+
+def _add_class_tokens(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+    names = [f"{CLS}/{tensor}" for tensor in tensors]
+    for tensor, name in zip(tensors, names, strict=True):
+        graph.node.append(helper.make_node("Gather", [tensor, f"{CLS}/first"], [name], axis=1, name=name))
+    graph.node.append(helper.make_node("Concat", names, [CLS], axis=1, name=CLS))
+    set_initializers(graph, {f"{CLS}/first": np.array(0, np.int64)})
 
 
 def _stacked(graph: onnx.GraphProto, rows: Sequence[str], base: str) -> str:

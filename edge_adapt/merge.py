@@ -58,6 +58,7 @@ class Merger:
         biases: dict[str, Array] = {}
         for name, value in delta.tail.items():
             owner, _, role = name.rpartition(".")
+            self._check(name, owner, role, value)
             if owner in self.sites and role in ("weight", "bias"):
                 (weight if role == "weight" else bias)[bundle.slices[owner]] = value
             elif owner in self.layers and role == "weight":
@@ -86,3 +87,12 @@ class Merger:
             weights,
             biases,
         )
+
+    def _check(self, name: str, owner: str, role: str, value: Array) -> None:
+        """Raises: StateError if a vector does not fit its site; NumPy would stretch it in silence."""
+        site = self.sites.get(owner) or (self.site_of.get(owner) if role == "bias" else None)
+        if site is not None and value.shape != (site.channels,):
+            raise StateError(
+                f"{name} has shape {value.shape}, the site {site.name} has {site.channels} channels",
+                remedy="use a delta that was learned on this bundle",
+            )

@@ -28,6 +28,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         taps.mean, taps.second [channels]: E[x] and E[x^2] of the normalised input of each norm, over all positions.
         taps.frame_std [channels]: how much one frame's own mean varies over frames.
         prior [classes]: mean softmax output.
+        cls.mean, cls.std [channels of the layer norms]: of the class token behind each, for a transformer (FOA).
     """
     frames = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     sums: dict[str, Array] = {}
@@ -42,6 +43,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
             "mean": mean,
             "second": second,
             "mean_square": np.square(mean),
+            **({} if seen.cls is None else {"cls": seen.cls, "cls_square": np.square(seen.cls)}),
             "prior": seen.logits if bundle.manifest.output == "probabilities" else probabilities,
         }
         for name, part in parts.items():
@@ -56,4 +58,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         "taps.frame_std": spread,
         "prior": means["prior"],
     }
+    if "cls" in means:
+        made["cls.mean"] = means["cls"]
+        made["cls.std"] = np.sqrt(np.maximum(means["cls_square"] - np.square(means["cls"]), 0))
     return {name: value.astype(np.float32) for name, value in made.items()}

@@ -35,6 +35,7 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     static_reshapes(made)
     drop_identities(made.graph)
     explicit_pads(made)
+    conv_biases(made.graph)
     linear_to_gemm(made)
     name_parameters(made.graph)
     drop_unused(made.graph)
@@ -169,6 +170,40 @@ def _zero_pad(node: onnx.NodeProto, known: dict[str, Array], rank: int) -> list[
     if any(amounts[place] for place in (0, 1, rank, rank + 1)) or min(amounts) < 0:
         return None
     return amounts[2:rank] + amounts[rank + 2 :]
+
+
+def conv_biases(graph: onnx.GraphProto) -> None:
+    """An Add of one number a channel behind a convolution becomes its bias.
+
+    ONNX Runtime would merge the two, and the bias could not be edited while it runs.
+    """
+    known, readers = initializers(graph), consumers(graph)
+    outputs = {info.name for info in graph.output}
+    fresh: dict[str, Array] = {}
+    for node in list(graph.node):
+        after = readers.get(node.output[0], [])
+        if node.op_type != "Conv" or node.output[0] in outputs or [add.op_type for add in after] != ["Add"]:
+            continue
+        add, weight = after[0], known.get(node.input[1])
+        amounts = known.get(add.input[1] if add.input[0] == node.output[0] else add.input[0])
+        if weight is None or amounts is None or amounts.ndim > weight.ndim:
+            continue
+        shape = (*(1,) * (weight.ndim - amounts.ndim), *amounts.shape)
+        if shape != (1, weight.shape[0], *(1,) * (weight.ndim - 2)):
+            continue
+        bias = amounts.reshape(-1)
+        if len(node.input) > 2 and node.input[2]:
+            if node.input[2] not in known:
+                continue
+            bias = bias + known[node.input[2]]
+        name = f"{add.output[0]}/bias"
+        fresh[name] = bias
+        inputs = [*node.input[:2], name]
+        del node.input[:]
+        node.input.extend(inputs)
+        node.output[0] = add.output[0]
+        graph.node.remove(add)
+    set_initializers(graph, fresh)
 
 
 def linear_to_gemm(model: onnx.ModelProto) -> None:

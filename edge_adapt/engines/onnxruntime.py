@@ -25,7 +25,7 @@ from edge_adapt.bundle import FULL, Bundle, LiveLayer
 from edge_adapt.delta import Delta
 from edge_adapt.engines.live import Bank, Group, Layout, LiveTensor, find_layout, grouped
 from edge_adapt.engines.protocol import Observed
-from edge_adapt.errors import EngineError
+from edge_adapt.errors import EngineError, StateError
 from edge_adapt.graph import TAPS, graft_taps, initializers, set_initializers
 from edge_adapt.merge import LiveUpdate, Merger
 
@@ -58,6 +58,7 @@ class OnnxRuntimeEngine:
         self._threads, self._provider = threads, provider
         self._model = onnx.load(bundle.path / FULL)
         self._weights = initializers(self._model.graph)
+        self._tokens = [site.tensor for site in bundle.manifest.sites if site.kind == "layer_norm"]
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
         self._identity = Merger(bundle)(Delta.source())
         self._plan = self._try_live() if live else None
@@ -89,10 +90,11 @@ class OnnxRuntimeEngine:
         h = None
         if cut:
             h = frames if self.bundle.is_reference else made[-1]
-        return Observed(made[0], h, made[1] if taps else None)
+        return Observed(made[0], h, made[1] if taps else None, made[2] if taps and self._tokens else None)
 
     def apply(self, update: LiveUpdate) -> None:
         """Write into the bank that nobody reads, then swap: a run never waits for it, and never sees a mixture."""
+        self._check(update)
         with self._applying:
             if self._plan is None:
                 self._active = self._rebuilt(update)
@@ -107,6 +109,18 @@ class OnnxRuntimeEngine:
             with idle.lock:  # a run that began before the last swap may still read it
                 idle.write(update)
             self._active, self._idle = idle, self._active
+
+    def _check(self, update: LiveUpdate) -> None:
+        """Raises: StateError if a weight has another shape than in full.onnx; NumPy would stretch it in silence."""
+        for layer in self.bundle.manifest.layers:
+            parts = ("weight", layer.weight, update.weights), ("bias", layer.bias, update.biases)
+            for role, name, values in parts:
+                given = values.get(layer.name)
+                if given is not None and name and given.shape != self._weights[name].shape:
+                    raise StateError(
+                        f"{layer.name}.{role} has shape {given.shape}, the engine's has {self._weights[name].shape}",
+                        remedy="use a delta that was learned on this bundle",
+                    )
 
     def close(self) -> None:
         with self._applying:
@@ -123,7 +137,11 @@ class OnnxRuntimeEngine:
                     return made
 
     def _fresh(self) -> _Sessions:
-        return self._rebuilt(self._identity) if self._plan is None else _LiveSessions(self._graph, self._plan)
+        if self._plan is None:
+            return self._rebuilt(self._identity)
+        made = _LiveSessions(self._graph, self._plan)
+        made.write(self._identity)  # so that going back to source later is bit for bit where it began
+        return made
 
     def _rebuilt(self, update: LiveUpdate) -> _Sessions:
         model = onnx.ModelProto()
@@ -140,7 +158,7 @@ class OnnxRuntimeEngine:
     def _graph(self, key: Key, model: onnx.ModelProto | None = None) -> onnx.ModelProto:
         cut, taps = key
         sites = self.bundle.manifest.sites if taps else ()
-        tokens = [site.tensor for site in sites if site.kind == "layer_norm"]
+        tokens = self._tokens if taps else []
         extra = [self.bundle.manifest.cut.tensor] if cut else []
         tensors, side = [site.tensor for site in sites], self.bundle.manifest.tap_side
         return graft_taps(model or self._model, tensors, tokens=tokens, extra=extra, side=side)

@@ -23,6 +23,8 @@ class Observed:
     """[N, ...], the tensor at the cut."""
     taps: Array | None
     """[N, 2, channels of all sites]: mean and second moment of every site's output, as the engine has it now."""
+    cls: Array | None = None
+    """[N, channels of the layer norms]: the class token behind each of them, where taps are asked of a transformer."""
 
 
 class Engine(Protocol):

@@ -28,6 +28,7 @@ class TorchEngine:
         self.bundle, self._threads = bundle, threads
         self._model = onnx.load(bundle.path / FULL)
         self._weights = initializers(self._model.graph)
+        self._tokens = [site.tensor for site in bundle.manifest.sites if site.kind == "layer_norm"]
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
         self._modules: dict[tuple[bool, bool], GraphModule] = {}
         self._values: dict[str, torch.Tensor] = {}
@@ -48,7 +49,7 @@ class TorchEngine:
         key = (cut and not self.bundle.is_reference, taps)
         made = self._call(key, frames)
         h = (frames if self.bundle.is_reference else made[-1]) if cut else None
-        return Observed(made[0], h, made[1] if taps else None)
+        return Observed(made[0], h, made[1] if taps else None, made[2] if taps and self._tokens else None)
 
     def apply(self, update: LiveUpdate) -> None:
         made: dict[str, Array] = {}
@@ -84,7 +85,7 @@ class TorchEngine:
         if key not in self._modules:
             cut, taps = key
             sites = self.bundle.manifest.sites if taps else ()
-            tokens = [site.tensor for site in sites if site.kind == "layer_norm"]
+            tokens = self._tokens if taps else []
             extra = [self.bundle.manifest.cut.tensor] if cut else []
             tensors, side = [site.tensor for site in sites], self.bundle.manifest.tap_side
             graph = graft_taps(self._model, tensors, tokens=tokens, extra=extra, side=side)

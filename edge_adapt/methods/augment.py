@@ -1,8 +1,8 @@
 """The random views of CoTTA: one draw per call for the whole batch, from a generator, without torchvision.
 
-Clip to [0, 1]; brightness, contrast, saturation, hue and gamma in random order; rotation, shift and zoom over replicated
-edges; a slight blur; perhaps a mirror; a little noise; clip (Wang et al., "Continual Test-Time Domain Adaptation",
-CVPR 2022, section 4). Frames go in and come out as the network is fed.
+Clip to [0, 1]; brightness, contrast, saturation, hue and gamma in random order; rotation, shift and zoom over
+replicated edges; a slight blur; perhaps a mirror; a little noise; clip (Wang et al., "Continual Test-Time Domain
+Adaptation", CVPR 2022). Frames go in and come out as the network is fed.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def grey(images: Tensor) -> Tensor:
 def warp(images: Tensor, generator: Generator, margin: int) -> Tensor:
     """Rotate, zoom and shift about the centre, bilinear; `margin` pixels more on every side than came in.
 
-    The published transform works on a canvas of twice the size with replicated edges and keeps the centre of it. No
-    pixel that is kept looks beyond that canvas, so reading with clamped coordinates is the same without the canvas.
-    The shift is a share of the canvas, not of the image.
+    The published transform works on a canvas of twice the size with replicated edges and keeps the centre of it.
+    No pixel that is kept looks beyond that canvas, so reading with clamped coordinates is the same without it. The
+    shift is a share of the canvas, not of the image.
     """
     height, width = images.shape[-2:]
     angle, zoom = math.radians(_between(DEGREES, generator)), _between(ZOOM, generator)
@@ -145,7 +145,10 @@ def warp(images: Tensor, generator: Generator, margin: int) -> Tensor:
     # Where each pixel comes from, in units of half the image, as grid_sample wants it.
     grid = torch.stack([2 / width * (cosine * x + sine * y), 2 / height * (cosine * y - sine * x)], -1)
     return functional.grid_sample(
-        images, grid.to(images.dtype).expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False
+        images,
+        grid.to(images.dtype).expand(len(images), -1, -1, -1),
+        padding_mode="border",
+        align_corners=False,
     )
 
 

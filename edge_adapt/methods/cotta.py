@@ -1,7 +1,7 @@
 """CoTTA: a student learns from a teacher that is its own average, and forgets a little of it at random.
 
-A batch that the source model is not sure of is shown to the teacher in many augmented views, whose logits are averaged
-(Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022). Modes as in `tent`.
+A batch that the source model is not sure of is shown to the teacher in many augmented views, whose logits are
+averaged (Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022). Modes as in `tent`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class CoTTA(Learner):
         self.bundle = context.bundle
         super().__init__(context, self.config)
         given = self.config
-        self.views = given.views if given.views is not None else PUBLISHED_VIEWS if self.reference else DEVICE_VIEWS
+        self.views = (
+            given.views if given.views is not None else PUBLISHED_VIEWS if self.reference else DEVICE_VIEWS
+        )
         default = PUBLISHED_MOMENTUM if self.reference else DEVICE_MOMENTUM
         self.momentum = given.momentum if given.momentum is not None else default
         self.augment = augment or Augment(self.bundle.manifest.input)
@@ -84,15 +86,16 @@ class CoTTA(Learner):
         return lesson.tail(lesson.cut, teacher)
 
     def _averaged(self, teacher: Tensors, lesson: Lesson, generator: Generator) -> Tensor:
-        """Mean over the views of the teacher's logits, not of its probabilities."""
+        """Mean over the views of the teacher's logits, not of its probabilities.
+
+        On the device the frames themselves count as one more view: few views alone are a worse teacher than none.
+        """
         frames = torch.tensor(lesson.frames)
-        total: Tensor | None = None
+        views = [] if self.reference else [lesson.tail(lesson.cut, teacher)]
         for _ in range(self.views):
             view = self.augment(frames, generator)
-            logits = lesson.tail(torch.tensor(lesson.trunk(view.numpy())), teacher)
-            total = logits if total is None else total + logits
-        assert total is not None
-        return total / self.views
+            views.append(lesson.tail(torch.tensor(lesson.trunk(view.numpy())), teacher))
+        return torch.stack(views).mean(0)
 
 
 def restored(values: Tensors, source: Tensors, share: float, generator: Generator) -> Tensors:

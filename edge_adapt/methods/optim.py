@@ -31,7 +31,8 @@ def adam(
 ) -> tuple[dict[str, Tensor], AdamState]:
     """One step of Adam (Kingma & Ba, ICLR 2015, algorithm 1), without weight decay.
 
-    m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; value <- value - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2;
+    value <- value - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
     steps = state.steps + 1
     keep_first, keep_second = betas

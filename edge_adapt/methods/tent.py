@@ -204,11 +204,25 @@ class Learner:
         count = len(seen.frames)
         if not _feeds(moments, state):
             return replace(state, owed=max(0, state.owed - count), unfed=state.unfed + count), ()
+        was_urgent = _urgent(moments, state)
         inner = moments.step(state.moments, seen)
-        state = replace(state, moments=inner.state, owed=count * self.settings.more, unfed=0)
+        # After the last look of a hurry nothing is owed, so that what is owed is done within the batch of its cause.
+        state = replace(
+            state, moments=inner.state, owed=0 if was_urgent else count * self.settings.more, unfed=0
+        )
         if "domain change" in inner.events:
-            student, teacher = (mix(self.source, values, self.settings.keep) for values in (state.student, state.teacher))
-            state = replace(state, student=student, teacher=teacher, adam=AdamState(), frames=None, cut=None, updates=state.updates+1)
+            student, teacher = (
+                mix(self.source, values, self.settings.keep) for values in (state.student, state.teacher)
+            )
+            state = replace(
+                state,
+                student=student,
+                teacher=teacher,
+                adam=AdamState(),
+                frames=None,
+                cut=None,
+                updates=state.updates + 1,
+            )
         return state, inner.events
 
     def _stepped(
@@ -273,9 +287,14 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def _feeds(moments: Moments, state: LearnerState) -> bool:
-    """True if the next look is for `Moments`, as always while it wants every frame."""
+    """True if the next look is for `Moments`."""
+    return not state.owed or _urgent(moments, state)
+
+
+def _urgent(moments: Moments, state: LearnerState) -> bool:
+    """True while `Moments` wants every frame: at the start, and after a change of domain."""
     assert state.moments is not None
-    return not state.owed or moments.look(state.moments, 1, 0) > 0
+    return moments.look(state.moments, 1, 0) > 0
 
 
 def _accepted(old: LearnerState, new: LearnerState) -> tuple[LearnerState, tuple[str, ...]]:

@@ -84,6 +84,11 @@ def archive(path: Path) -> Dataset:
             remedy="name the frames `images`, [N, H, W, C] uint8",
         )
     for name, array in {"images": images, **shifts}.items():
+        if array is not None and array.ndim < 2:
+            raise DataError(
+                f"{path}: {name} has shape {array.shape}, expected one frame after the other",
+                remedy="store the frames as [N, H, W, C] uint8",
+            )
         if array is not None and labels is not None and len(array) != len(labels):
             raise DataError(
                 f"{path}: {name} has {len(array)} frames, labels has {len(labels)} entries",

@@ -39,9 +39,13 @@ def test_normalisation_is_undone_and_redone(name):
 
 def test_a_raw_255_is_one():
     spec = SPECS["normalised by 255"]
-    white = (torch.ones(1, 3, 8, 8) - torch.tensor(spec.mean).reshape(3, 1, 1)) / torch.tensor(spec.std).reshape(3, 1, 1)
+    white = (torch.ones(1, 3, 8, 8) - torch.tensor(spec.mean).reshape(3, 1, 1)) / torch.tensor(
+        spec.std
+    ).reshape(3, 1, 1)
     torch.testing.assert_close(Augment(spec).unit(white), torch.ones(1, 3, 8, 8))
-    torch.testing.assert_close(Augment(SPECS["raw, 0 to 255"]).unit(torch.full((1, 3, 8, 8), 255.0)), torch.ones(1, 3, 8, 8))
+    torch.testing.assert_close(
+        Augment(SPECS["raw, 0 to 255"]).unit(torch.full((1, 3, 8, 8), 255.0)), torch.ones(1, 3, 8, 8)
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -152,7 +156,8 @@ def test_the_blur_keeps_brightness_and_a_tiny_sigma_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "spec", [InputSpec(shape=(40, 100), layout="NCW"), InputSpec(shape=(2, 8, 8), mean=(0.0, 0.0), std=(1.0, 1.0))]
+    "spec",
+    [InputSpec(shape=(40, 100), layout="NCW"), InputSpec(shape=(2, 8, 8), mean=(0.0, 0.0), std=(1.0, 1.0))],
 )
 def test_what_is_no_image_is_refused(spec):
     with pytest.raises(ConfigError, match=r"no image[\s\S]*tent"):

@@ -1,0 +1,508 @@
+"""What users get wrong, and machines do: every command answers with one clear message, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edge_adapt.bundle import FULL, MANIFEST, SOURCE, TAIL, TRUNK
+from edge_adapt.cli import run
+
+WRONG, INTERRUPTED = 2, 130
+
+FACTORIES = '''
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    input_shape = (3, 8, 8)
+
+    def __init__(self, body=None):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.body = body or nn.Identity()
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        x = self.body(x.mean(dim=(2, 3)))
+        return self.head(x)
+
+
+class Spectral(nn.Module):
+    def forward(self, x):
+        return x + torch.linalg.svdvals(x.unsqueeze(1))
+
+
+class Eigen(nn.Module):
+    def forward(self, x):
+        return x + torch.linalg.eigvalsh(x.unsqueeze(2) @ x.unsqueeze(1))
+
+
+class Shortcut(Net):
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.bn(self.conv(x))) + self.side(x)
+        return self.head(y.mean(dim=(2, 3)))
+
+
+def small():
+    return Net().eval()
+
+
+def spectral():
+    return Net(Spectral()).eval()
+
+
+def eigen():
+    return Net(Eigen()).eval()
+
+
+class Largest(nn.Module):
+    def forward(self, x):
+        return x + x.argmax(1, keepdim=True)
+
+
+def largest():
+    return Net(Largest()).eval()
+
+
+def shortcut():
+    return Shortcut().eval()
+
+
+def no_shape():
+    return nn.Linear(2, 2).eval()
+
+
+def no_module():
+    return 7
+'''
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch) -> str:
+    """Name of an importable package with models of a user."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "users_models.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "users_models", raising=False)
+    return "users_models"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must fail: exit code 2, one message with a remedy and no traceback; returns the message."""
+
+    def call(*arguments: object) -> str:
+        code = run([str(argument) for argument in arguments])
+        shown = capsys.readouterr().err
+        assert code == WRONG, shown
+        assert_clear(shown)
+        return shown
+
+    return call
+
+
+def assert_clear(shown: str) -> None:
+    assert "Traceback" not in shown
+    assert len(re.findall(r"^error: ", shown, re.MULTILINE)) == 1, shown
+    assert len(re.findall(r"^  try: .{3,}", shown, re.MULTILINE)) == 1, shown
+
+
+def copy_of(bundle, folder: Path) -> Path:
+    return Path(shutil.copytree(bundle.path, folder / "copy"))
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_zoo_model_gets_the_nearest_name(refused, tmp_path):
+    shown = refused("export", "zoo:cifar-resnet2", "--out", tmp_path / "out")
+    assert "cifar-resnet2" in shown
+    assert re.search("did you mean .*cifar-resnet20", shown)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("no_such_package_here:factory", "no_such_package_here"),
+        ("users_models:absent", "absent"),
+        ("users_models:largest", "ArgMax"),
+        ("users_models:no_module", "int"),
+        ("users_models:no_shape", "input_shape"),
+        ("not a model", "'not a model'"),
+        ("nowhere.onnx", "nowhere.onnx"),
+        ("zoo:", "''"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_named(spec, said, refused, factories, tmp_path):
+    assert said in refused("export", spec, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_onnx_is_named(refused, tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"this is no protobuf" * 20)
+    assert "bad.onnx" in refused("export", tmp_path / "bad.onnx", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("factory", "operator", "module"), [("spectral", "svd", "Spectral"), ("eigen", "eigh", "Eigen")])
+def test_an_operator_that_cannot_be_exported_is_named_with_its_module(
+    factory, operator, module, refused, factories, tmp_path
+):
+    shown = refused("export", f"{factories}:{factory}", "--out", tmp_path / "out")
+    assert operator in shown
+    assert "body" in shown or module in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cut", ["no.such.layer", "con"])
+def test_a_cut_that_is_no_tensor_is_refused(cut, refused, factories, tmp_path):
+    shown = refused("export", f"{factories}:small", "--cut", cut, "--out", tmp_path / "out")
+    assert repr(cut) in shown
+    assert "conv" in shown
+    assert list(tmp_path.iterdir()) == [tmp_path / "code"]
+
+
+def test_a_cut_that_something_goes_around_is_refused(refused, factories, tmp_path):
+    shown = refused("export", f"{factories}:shortcut", "--cut", "bn", "--out", tmp_path / "out")
+    assert "'bn'" in shown
+    assert "does not separate" in shown
+    assert list(tmp_path.iterdir()) == [tmp_path / "code"]
+
+
+def test_weights_that_do_not_fit_are_named_by_their_first_three_keys(refused, factories, tmp_path):
+    weights = {f"layer{index}.weight": torch.zeros(2) for index in range(5)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    shown = refused(
+        "export", f"{factories}:small", "--weights", tmp_path / "weights.safetensors", "--out", tmp_path / "out"
+    )
+    assert "5 unexpected (layer0.weight, layer1.weight, layer2.weight, ...)" in shown
+    assert "conv.weight, conv.bias, bn.weight, ..." in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_precision_is_refused(refused, factories, tmp_path):
+    assert "int3" in refused("export", f"{factories}:small", "--precision", "int3", "--out", tmp_path / "out")
+
+
+def test_an_existing_bundle_is_kept_unless_forced(refused, factories, tmp_path):
+    out = tmp_path / "bundle"
+    assert run(["export", f"{factories}:small", "--out", str(out)]) == 0
+    before = (out / MANIFEST).read_bytes()
+    assert "--force" in refused("export", f"{factories}:small", "--out", out)
+    assert (out / MANIFEST).read_bytes() == before
+    assert run(["export", f"{factories}:small", "--out", str(out), "--force"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "code"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(refused, factories, tmp_path):
+    precious = tmp_path / "photos"
+    precious.mkdir()
+    (precious / "me.jpg").write_bytes(b"precious")
+    refused("export", f"{factories}:small", "--out", precious, "--force")
+    assert (precious / "me.jpg").read_bytes() == b"precious"
+
+
+# Calibration ---------------------------------------------------------------------------------------------------------
+
+GOOD = np.random.default_rng(0).uniform(0, 1, (6, 3, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.zeros((6, 3, 9, 8), np.float32), "(3, 9, 8)"),
+        (np.zeros((6, 5), np.float32), "(5,)"),
+        (np.zeros((6, 3, 8, 8), np.int64), "int64"),
+        (np.zeros((6, 3, 8, 8), np.complex64), "complex64"),
+        (np.full((6, 3, 8, 8), "x"), "<U1"),
+        (np.where(np.arange(6)[:, None, None, None] == 4, np.nan, GOOD), "NaN"),
+        (np.where(np.arange(6)[:, None, None, None] == 4, np.inf, GOOD), "infinite"),
+        (np.zeros((0, 3, 8, 8), np.float32), "empty"),
+        (np.float32(1), "()"),
+    ],
+    ids=["shape", "rank", "integers", "complex", "text", "nan", "inf", "empty", "scalar"],
+)
+def test_calibration_that_does_not_fit_is_refused(images, said, refused, factories, tmp_path):
+    np.savez(tmp_path / "source.npz", images=images)
+    shown = refused(
+        "export", f"{factories}:small", "--calibration", tmp_path / "source.npz", "--out", tmp_path / "out"
+    )
+    assert said in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code", "source.npz"]
+
+
+def test_calibration_that_is_no_archive_is_refused(refused, factories, tmp_path):
+    (tmp_path / "source.npz").write_bytes(b"PK nothing")
+    arguments = ["--calibration", tmp_path / "source.npz", "--out", tmp_path / "out"]
+    assert "source.npz" in refused("export", f"{factories}:small", *arguments)
+    (tmp_path / "source.npz").unlink()
+    assert "does not exist" in refused("export", f"{factories}:small", *arguments)
+    np.savez(tmp_path / "source.npz", pictures=GOOD[:, 0, 0])
+    assert "pictures" in refused("export", f"{factories}:small", *arguments)
+
+
+def test_an_archive_of_pickles_is_not_opened(refused, factories, tmp_path):
+    np.savez(tmp_path / "source.npz", images=np.array([{"a": 1}], object))
+    refused("export", f"{factories}:small", "--calibration", tmp_path / "source.npz", "--out", tmp_path / "out")
+
+
+# Bundles -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [FULL, TRUNK, TAIL, SOURCE])
+@pytest.mark.parametrize("command", ["check", "replay"])
+def test_one_flipped_byte_is_noticed(name, command, refused, device_bundle, tmp_path):
+    folder = copy_of(device_bundle, tmp_path)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    more = ["--data", tmp_path / "any.npz"] if command == "replay" else []
+    shown = refused(command, folder, *more)
+    assert f"{name} is damaged" in shown
+
+
+@pytest.mark.parametrize("name", [FULL, TRUNK, TAIL, SOURCE, MANIFEST])
+def test_a_missing_file_is_named(name, refused, device_bundle, tmp_path):
+    folder = copy_of(device_bundle, tmp_path)
+    (folder / name).unlink()
+    assert name in refused("check", folder)
+
+
+def test_a_manifest_that_is_damaged_is_named(refused, device_bundle, tmp_path):
+    file = copy_of(device_bundle, tmp_path) / MANIFEST
+    good = file.read_bytes()
+    for broken in (good[: len(good) // 2], b"\xff" + good, b"[]", b"", b"null"):
+        file.write_bytes(broken)
+        assert MANIFEST in refused("info", file.parent)
+    raw = json.loads(good)
+    del raw["sites"][0]["channels"]
+    file.write_text(json.dumps(raw))
+    assert "sites.0.channels" in refused("check", file.parent)
+    file.write_text(json.dumps({**json.loads(good), "surprise": 1}))
+    assert "surprise" in refused("check", file.parent)
+
+
+def test_a_manifest_whose_facts_were_changed_is_refused(refused, device_bundle, tmp_path):
+    """The manifest has no hash of its own; a changed fact shows in the gate or in the files."""
+    file = copy_of(device_bundle, tmp_path) / MANIFEST
+    raw = json.loads(file.read_bytes())
+    raw["sites"][0]["channels"] = 7
+    file.write_text(json.dumps(raw))
+    refused("check", file.parent)
+
+
+def test_a_bundle_from_the_future_asks_for_an_upgrade(refused, device_bundle, tmp_path):
+    file = copy_of(device_bundle, tmp_path) / MANIFEST
+    raw = json.loads(file.read_bytes())
+    file.write_text(json.dumps({**raw, "schema_version": 2, "unknown_thing": True}))
+    for command in ("info", "check"):
+        shown = refused(command, file.parent)
+        assert "schema 2" in shown
+        assert "upgrade" in shown
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_a_folder_that_is_no_bundle_is_named(command, refused, tmp_path):
+    assert "no bundle" in refused(command, tmp_path)
+    assert "no bundle" in refused(command, tmp_path / "absent")
+
+
+# Replay --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive(tmp_path, tiny_data):
+    def write(**changes) -> Path:
+        np.savez(tmp_path / "data.npz", **{"images": tiny_data.images, "labels": tiny_data.labels, **changes})
+        return tmp_path / "data.npz"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scenario", "continuall"], "did you mean continual"),
+        (["--method", "momentss"], "did you mean moments"),
+        (["--method", ","], "method"),
+        (["--engine", "tensorrt9"], "tensorrt9"),
+        (["--corruption", "fogg"], "did you mean fog"),
+        (["--severity", "6"], "severity is 6"),
+        (["--batch-size", "0"], "batch size is 0"),
+        (["--limit", "0"], "limit is 0"),
+    ],
+)
+def test_a_replay_of_something_unknown_is_refused(arguments, said, refused, archive, device_bundle):
+    assert said in refused("replay", device_bundle.path, "--data", archive(), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"labels": np.zeros(127, np.int64)}, "127"),
+        ({"labels": np.full(128, 5)}, "5 outputs"),
+        ({"labels": np.full(128, -1)}, "-1"),
+        ({"labels": np.zeros(128, np.float32)}, "float32"),
+        ({"labels": np.zeros((128, 5), np.int64)}, "(128, 5)"),
+        ({"images": np.zeros((128, 17, 16, 3), np.uint8)}, "(17, 16, 3)"),
+        ({"images": np.zeros((0, 16, 16, 3), np.uint8), "labels": np.zeros(0, np.int64)}, "no frame"),
+        ({"images": np.full((128, 3, 16, 16), np.nan, np.float32)}, "NaN"),
+    ],
+    ids=["fewer", "too high", "negative", "floats", "one-hot", "size", "empty", "nan"],
+)
+def test_frames_and_labels_that_do_not_fit_are_refused(changes, said, refused, archive, device_bundle):
+    path = archive(**changes)
+    assert said in refused("replay", device_bundle.path, "--data", path, "--scenario", "natural")
+
+
+def test_a_result_that_cannot_be_written_is_told(refused, archive, device_bundle, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    shown = refused(
+        *("replay", device_bundle.path, "--data", archive(), "--scenario", "natural", "--method", "source"),
+        *("--json", tmp_path / "file" / "results.json"),
+    )
+    assert "results.json" in shown
+
+
+@pytest.mark.parametrize("arguments", [["export"], ["replay"], ["nonsense"], ["check", "--no-such-option", "x"]])
+def test_wrong_arguments_are_told_without_a_traceback(arguments, capsys):
+    assert run(arguments) == WRONG
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# The machine ---------------------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from edge_adapt.cli import main; main()"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("file", [FULL, TRUNK, TAIL, SOURCE, MANIFEST])
+def test_a_full_disk_leaves_no_bundle(file, refused, factories, tmp_path, monkeypatch):
+    """Each file in turn is the one that no longer fits."""
+    full = OSError(28, "No space left on device")
+    write, save, write_manifest = Path.write_bytes, torch.export.save, "exporters.export.write_atomically"
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if path.name == file:
+            write(path, data[: len(data) // 2])
+            raise full
+        return write(path, data)
+
+    def save_tail(program, path, **options) -> None:
+        save(program, path, **options)
+        raise full
+
+    def fail(path: Path, data: bytes) -> None:
+        raise full
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    if file == TAIL:
+        monkeypatch.setattr(torch.export, "save", save_tail)
+    if file == MANIFEST:
+        monkeypatch.setattr(write_manifest, fail)
+    shown = refused("export", f"{factories}:small", "--out", tmp_path / "out")
+    assert "No space left on device" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["code"]
+
+
+@pytest.mark.parametrize("kilobytes", [200, 800])
+def test_a_limit_on_file_size_leaves_no_bundle(kilobytes, tmp_path):
+    """The real thing: the system refuses to write more, in whichever library that happens."""
+    done = subprocess.run(
+        [*COMMAND, "export", "zoo:mlperf-resnet8", "--out", str(tmp_path / "out")],
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, kilobytes << 10)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if kilobytes == 800:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == WRONG, done.stderr
+    assert_clear(done.stderr)
+    left = {path.name for path in tmp_path.iterdir()} - {"torchinductor_root", ".ses"}  # torch's own
+    assert not [name for name in left if "out" in name or "onnx" in name]
+
+
+def interrupt(arguments: list[object], when: str, *, timeout: float = 120) -> tuple[int, str]:
+    """Start a command, press Ctrl-C as soon as it says `when`; its exit code and everything it printed."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    watchdog = threading.Timer(timeout, process.kill)
+    watchdog.start()
+    shown = ""
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            shown += line
+            if when in line:
+                process.send_signal(signal.SIGINT)
+                when = "\0"
+        return process.wait(), shown
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("stage", ["exporting", "cut at"])
+def test_ctrl_c_during_export_leaves_nothing(stage, tmp_path):
+    code, shown = interrupt(["export", "zoo:cifar-resnet20", "--out", tmp_path / "out"], stage)
+    assert code == INTERRUPTED, shown
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_export_keeps_the_bundle_that_was_there(device_bundle, tmp_path):
+    out = copy_of(device_bundle, tmp_path)
+    code, shown = interrupt(["export", "zoo:mlperf-resnet8", "--out", out, "--force"], "cut at")
+    assert code == INTERRUPTED, shown
+    assert run(["check", str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_ctrl_c_during_replay_leaves_nothing(device_bundle, tiny_data, tmp_path):
+    many = np.tile(tiny_data.images, (100, 1, 1, 1))
+    np.savez(tmp_path / "data.npz", images=many, labels=np.tile(tiny_data.labels, 100))
+    arguments = ["--data", tmp_path / "data.npz", "--scenario", "natural", "--method", "source,moments"]
+    arguments += ["--batch-size", 1, "--out", tmp_path / "run", "--json", tmp_path / "results.json"]
+    code, shown = interrupt(["replay", device_bundle.path, *arguments], "source: ")
+    assert code == INTERRUPTED, shown
+    assert "Traceback" not in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_weights_survive_a_refusal(device_bundle, tmp_path):
+    """Reading a bundle never writes to it."""
+    before = {path.name: path.read_bytes() for path in device_bundle.path.iterdir()}
+    run(["check", str(device_bundle.path)])
+    assert {path.name: path.read_bytes() for path in device_bundle.path.iterdir()} == before
+    assert load_file(device_bundle.path / SOURCE)
