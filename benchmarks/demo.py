@@ -108,12 +108,12 @@ def _fit(net: nn.Module, train: Dataset, progress: Progress) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     net.train()
     for epoch in range(EPOCHS):
-        for rows in torch.randperm(len(x), generator=generator).split(BATCH):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), BATCH):
             moves = torch.randint(-3, 4, (2,), generator=generator).tolist()
             batch = torch.roll(x[rows], moves, dims=(2, 3))
             loss = F.cross_entropy(net(batch), y[rows])
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
         progress("training", epoch + 1, EPOCHS)

@@ -94,7 +94,7 @@ class Parity(_Part):
 class Manifest(_Part):
     """manifest.json. Unknown keys are refused; a newer schema is refused before anything else is read."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     name: str
     created: str
     input: InputSpec

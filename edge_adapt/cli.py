@@ -1,10 +1,11 @@
-"""The command `edge-adapt`. Commands come by entry point, so that this package needs neither exporters nor benchmarks."""
+"""The command `edge-adapt`. Its commands come by entry point: this package imports no exporter and no benchmark."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from importlib.metadata import entry_points
+from typing import Any
 
 import typer
 
@@ -12,7 +13,7 @@ from edge_adapt.errors import EdgeAdaptError
 from edge_adapt.plugins import COMMANDS
 
 INTERRUPTED, WRONG = 130, 2
-USAGE_ERROR = typer.BadParameter.__mro__[2]
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 """Base of every complaint about arguments; some versions of typer bring it along, others import it from click."""
 
 

@@ -16,7 +16,7 @@ TAPS = "taps"
 """Output of a tapped graph, [N, 2, channels of all sites]: mean and second moment of every norm site."""
 
 CLS = "cls"
-"""Output of a tapped transformer, [N, channels of its sites]: the class token behind every norm, one after the other."""
+"""Output of a tapped transformer, [N, channels of its sites]: the class token behind every norm, in their order."""
 
 SIDE = 16
 """A sampled tap looks at every second position of a map, and at no more than this along each side. Every second one
@@ -170,7 +170,7 @@ def _add_taps(
     run: list[str] = []  # neighbours of one map size, so that one pair of reductions serves them all
     size: tuple[object, ...] = ()
     for name in tensors:
-        found = name, tuple(dims[name][2:])
+        found: tuple[str, tuple[object, ...]] = name, tuple(dims[name][2:])
         if name not in tokens:
             found = _sampled(graph, made_by.get(name), dims[name], name, side)
         if run and (found[1] != size or name in tokens):

@@ -6,5 +6,5 @@ import torch
 
 
 def one_thread() -> None:
-    """Beside a busy neighbour torch's spinning threads wait for each other up to a hundred times longer than they work."""
+    """Beside a busy neighbour, torch's spinning threads wait for each other a hundred times longer than they work."""
     torch.set_num_threads(1)

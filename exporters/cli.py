@@ -13,8 +13,8 @@ def export(
     model: Annotated[str, typer.Argument(help="zoo:NAME, package.module:factory, or a path to an .onnx file")],
     out: Annotated[Path, typer.Option(help="folder of the bundle; made, with its parents")],
     weights: Annotated[Path | None, typer.Option(help=".safetensors or .pth for the model")] = None,
-    cut: Annotated[str | None, typer.Option(help="module or tensor where the trunk ends; `input` for reference mode")] = None,
-    calibration: Annotated[str | None, typer.Option(help="source frames: .npz, image folder, or sklearn:digits")] = None,
+    cut: Annotated[str | None, typer.Option(help="module or tensor where the tail begins, or `input`")] = None,
+    calibration: Annotated[str | None, typer.Option(help="source frames: .npz, folder, or sklearn:digits")] = None,
     precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
     force: Annotated[bool, typer.Option(help="replace an existing bundle")] = False,
 ) -> None:

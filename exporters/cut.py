@@ -21,7 +21,7 @@ def resolve_cut(model: onnx.ModelProto, name: str | None) -> str:
     Raises: ConfigError if there is no such tensor, or if it does not separate the graph.
     """
     graph = model.graph
-    image = graph.input[0].name
+    image: str = graph.input[0].name
     if name is None:
         return _choose(model)
     if name in (INPUT_CUT, image):
@@ -88,7 +88,7 @@ def _choose(model: onnx.ModelProto) -> str:
             work[node.output[0]] = float(weight.size * (prod(spatial) if node.op_type == "Conv" else 1))
     total = sum(work.values()) or 1.0
     for node in graph.node:
-        tensor = node.output[0]
+        tensor: str = node.output[0]
         if node.op_type in ("Conv", "BatchNormalization") or len(dims.get(tensor) or ()) < 2:
             continue
         try:
@@ -97,4 +97,5 @@ def _choose(model: onnx.ModelProto) -> str:
             continue
         if sum(work.get(step.output[0], 0.0) for step in tail.graph.node) <= TAIL_SHARE * total:
             return tensor
-    return graph.input[0].name
+    image: str = graph.input[0].name
+    return image

@@ -114,7 +114,9 @@ def export(
         if frames is not None:
             source |= source_statistics(bundle, engine, frames, lambda count: None)
         report("parity gate")
-        torch_model: nn.Module = model.module if _names_match(model.module, folded.sites) else GraphModule(network).eval()
+        torch_model = model.module
+        if torch_model is None or not _names_match(torch_model, folded.sites):
+            torch_model = GraphModule(network).eval()
         samples = _parity_frames(model.input, frames)
         errors = parity.measure(bundle, engine, torch_model, samples)
         parity.gate(errors)
@@ -307,7 +309,7 @@ def _manifest(
         classes=model.classes,
         output="probabilities" if last.op_type == "Softmax" else "logits",
         outputs=int(shapes(network)[network.graph.output[0].name][-1] or 0),
-        cut=Cut(name=name, tensor=tensor, shape=tuple(int(dim or 0) for dim in dims[tensor][1:] if not isinstance(dim, str))),
+        cut=Cut(name=name, tensor=tensor, shape=tuple(dim for dim in dims[tensor][1:] if isinstance(dim, int))),
         sites=sites,
         layers=tuple(folded.layers),
         tap_side=_tap_side(folded, dims),
@@ -387,10 +389,8 @@ def _parity_frames(spec: InputSpec, frames: Array | None) -> Array:
     return np.random.default_rng(0).standard_normal((8, *spec.shape), np.float32)
 
 
-def _names_match(module: nn.Module | None, sites: Sequence[Site]) -> bool:
+def _names_match(module: nn.Module, sites: Sequence[Site]) -> bool:
     """True if every site is a norm module of the torch model, so that it can be compared with ports moved."""
-    if module is None:
-        return False
     known = dict(module.named_modules())
     return all(
         hasattr(known.get(site.name), "running_var" if site.kind == "batch_norm" else "weight") for site in sites

@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -103,7 +103,8 @@ def _blame(captured: torch.export.ExportedProgram, error: BaseException) -> str:
         text += f"\n{cause}"
         cause = cause.__cause__
     for node in captured.graph.nodes:
-        if node.op == "call_function" and re.search(rf"%{re.escape(node.name)}\b|\b{re.escape(str(node.target))}\b", text):
+        names = rf"%{re.escape(node.name)}\b|\b{re.escape(str(node.target))}\b"
+        if node.op == "call_function" and re.search(names, text):
             stack = node.meta.get("nn_module_stack") or {}
             where = [f"{path or 'the model'} ({kind})" for path, kind in stack.values()]
             return f"operator {node.target} in module {where[-1] if where else 'the model'}"
@@ -131,4 +132,4 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-Factory = Callable[[], nn.Module]
+

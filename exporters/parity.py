@@ -47,12 +47,12 @@ def ported(module: nn.Module, bundle: Bundle, ports: Delta) -> nn.Module:
                 mean = torch.from_numpy(bundle.source[f"{site.name}.mean"].copy())
                 std = torch.from_numpy(bundle.source[f"{site.name}.std"].copy())
                 epsilon = std.square() - norm.running_var  # type: ignore[operator]
-                norm.running_mean.copy_(mean - shift * std / scale)  # type: ignore[operator, union-attr]
-                norm.running_var.copy_((std / scale).square() - epsilon)  # type: ignore[operator, union-attr]
+                norm.running_mean.copy_(mean - shift * std / scale)  # type: ignore[operator]
+                norm.running_var.copy_((std / scale).square() - epsilon)  # type: ignore[operator]
             else:
-                weight = norm.weight.clone()  # type: ignore[operator, union-attr]
-                norm.bias.add_(weight * shift)  # type: ignore[operator, union-attr]
-                norm.weight.mul_(scale)  # type: ignore[operator, union-attr]
+                weight = norm.weight.clone()  # type: ignore[operator]
+                norm.bias.add_(weight * shift)  # type: ignore[operator]
+                norm.weight.mul_(scale)  # type: ignore[operator]
     return made
 
 

@@ -39,7 +39,7 @@ def _graft_ports(model: onnx.ModelProto, sites: list[Site], constants: dict[str,
     weights: dict[str, Array] = {
         "ports/weight": np.concatenate([constants[f"{site.name}.weight"] for site in sites]),
         "ports/bias": np.concatenate([constants[f"{site.name}.bias"] for site in sites]),
-        "ports/one": np.float32(1),
+        "ports/one": np.array(1, np.float32),
         "ports/sizes": np.array([site.channels for site in sites], np.int64),
         PORTS[0]: np.ones(total, np.float32),
         PORTS[1]: np.zeros(total, np.float32),

@@ -1,4 +1,4 @@
-"""Weights of an optimised ONNX Runtime session that stay in our own buffers, so that writing to them changes the next run.
+"""Weights of an optimised ONNX Runtime session, kept in buffers of ours: writing to them changes the next run.
 
 ONNX Runtime stores a convolution's weights in blocks of 16 (AVX-512), 8 (AVX2) or 4 output channels. Which layout it
 chose is not asked but found: the graph is optimised with tagged weights, and the blocks of each tag are compared with
@@ -152,10 +152,10 @@ class Bank:
         """Fold an update into the memory. The caller sees to it that no session reads it meanwhile."""
         # The last factor, 1, belongs to the channels that only fill a block.
         factors = torch.from_numpy(np.append(update.scale, np.float32(1)))
-        for group, memory in self._groups:
+        for group, folded in self._groups:
             if group.index is not None:
                 # torch multiplies short inner rows three times faster than NumPy does
-                torch.mul(group.base, factors[group.index], out=memory)
+                torch.mul(group.base, factors[group.index], out=folded)
         for tensor, memory in self._places:
             if tensor.role == "bias":
                 memory[: tensor.plain.size] = self._bias(tensor, update)

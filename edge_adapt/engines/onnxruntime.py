@@ -26,7 +26,7 @@ from edge_adapt.delta import Delta
 from edge_adapt.engines.live import Bank, Group, Layout, LiveTensor, find_layout, grouped
 from edge_adapt.engines.protocol import Observed
 from edge_adapt.errors import EngineError, StateError
-from edge_adapt.graph import TAPS, graft_taps, initializers, set_initializers
+from edge_adapt.graph import graft_taps, initializers, set_initializers
 from edge_adapt.merge import LiveUpdate, Merger
 
 Array = NDArray[Any]

@@ -145,9 +145,10 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **facts: Any) ->
     stride = facts.get("strides", [1] * rank)
     pads = _auto_pads(x, weight.shape[2:], stride, facts.get("auto_pad", b"NOTSET")) or facts.get("pads")
     x, padding = _padded(x, pads)
-    run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    run: Op = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     dilation, group = facts.get("dilations", [1] * rank), facts.get("group", 1)
-    return run(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=group)
+    made: Tensor = run(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=group)
+    return made
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, **facts: Any) -> Tensor:
@@ -160,7 +161,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **facts: A
 
 def gemm(a: Tensor, b: Tensor, c: Tensor | None = None, **facts: Any) -> Tensor:
     a = a.mT if facts.get("transA", 0) else a
-    if facts.get("transB", 0) and facts.get("alpha", 1.0) == facts.get("beta", 1.0) == 1.0 and (c is None or c.ndim == 1):
+    plain = facts.get("alpha", 1.0) == facts.get("beta", 1.0) == 1.0
+    if plain and facts.get("transB", 0) and (c is None or c.ndim == 1):
         return F.linear(a, b, c)
     made = facts.get("alpha", 1.0) * (a @ (b.mT if facts.get("transB", 0) else b))
     return made if c is None else made + facts.get("beta", 1.0) * c
@@ -173,8 +175,10 @@ def pool(x: Tensor, *, largest: bool, **facts: Any) -> Tensor:
     pads = _auto_pads(x, kernel, stride, facts.get("auto_pad", b"NOTSET")) or facts.get("pads")
     if largest:
         x, padding = _padded(x, pads, float("-inf"))
-        run: Op = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
-        return run(x, kernel, stride, padding, ceil_mode=bool(facts.get("ceil_mode", 0)))  # type: ignore[no-any-return]
+        largest_of: Op = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
+        pooled: Tensor = largest_of(x, kernel, stride, padding, ceil_mode=bool(facts.get("ceil_mode", 0)))
+        return pooled
+    average: Op = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
     include = bool(facts.get("count_include_pad", 0))
     if pads and not include and any(pads):
         ones, _ = _padded(torch.ones_like(x), pads)
@@ -182,11 +186,11 @@ def pool(x: Tensor, *, largest: bool, **facts: Any) -> Tensor:
         if padding != [0] * rank:
             flat = [amount for amount in reversed(padding) for _ in (0, 1)]
             ones, padded = F.pad(ones, flat), F.pad(padded, flat)
-        run = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-        return run(padded, kernel, stride) / run(ones, kernel, stride)  # type: ignore[no-any-return]
+        pooled = average(padded, kernel, stride) / average(ones, kernel, stride)
+        return pooled
     x, padding = _padded(x, pads)
-    run = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-    return run(x, kernel, stride, padding, bool(facts.get("ceil_mode", 0)), True)  # type: ignore[no-any-return]
+    pooled = average(x, kernel, stride, padding, bool(facts.get("ceil_mode", 0)), True)
+    return pooled
 
 
 def reduce(x: Tensor, axes: Tensor | None = None, *, how: str, **facts: Any) -> Tensor:
@@ -278,7 +282,8 @@ def flatten(x: Tensor, **facts: Any) -> Tensor:
 
 
 def local_response(x: Tensor, **facts: Any) -> Tensor:
-    return F.local_response_norm(x, facts["size"], facts.get("alpha", 1e-4), facts.get("beta", 0.75), facts.get("bias", 1.0))
+    alpha, beta, bias = (facts.get(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    return F.local_response_norm(x, facts["size"], alpha, beta, bias)
 
 
 OPS: dict[str, Op] = {
@@ -294,7 +299,7 @@ OPS: dict[str, Op] = {
     "Elu": lambda x, alpha=1.0: F.elu(x, alpha),
     "Erf": torch.erf,
     "Exp": torch.exp,
-    "Expand": lambda x, shape: torch.broadcast_to(x, torch.broadcast_shapes(x.shape, _ints(shape))),
+    "Expand": lambda x, shape: x * torch.ones(_ints(shape), dtype=x.dtype),
     "Flatten": flatten,
     "Gather": gather,
     "Gelu": lambda x, approximate=b"none": F.gelu(x, approximate=approximate.decode()),

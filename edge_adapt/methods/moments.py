@@ -48,7 +48,9 @@ class MomentsConfig:
     def __post_init__(self) -> None:
         for name in ("period", "start", "group", "memory", "window"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"moments.{name} is {getattr(self, name)}, expected 1 or more", remedy="use the default")
+                raise ConfigError(
+                    f"moments.{name} is {getattr(self, name)}, expected 1 or more", remedy="use the default"
+                )
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class MomentsState:
     spread: Array
     """Variance of one frame's mean about `mean`."""
     count: int
-    
+    """Frames in these averages, at most `memory`."""
     recent_mean: Array
     recent_second: Array
     recent: int
