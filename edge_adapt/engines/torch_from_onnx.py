@@ -164,7 +164,7 @@ def gemm(a: Tensor, b: Tensor, c: Tensor | None = None, **facts: Any) -> Tensor:
     plain = facts.get("alpha", 1.0) == facts.get("beta", 1.0) == 1.0
     if plain and facts.get("transB", 0) and (c is None or c.ndim == 1):
         return F.linear(a, b, c)
-    made = facts.get("alpha", 1.0) * (a @ (b.mT if facts.get("transB", 0) else b))
+    made: Tensor = facts.get("alpha", 1.0) * (a @ (b.mT if facts.get("transB", 0) else b))
     return made if c is None else made + facts.get("beta", 1.0) * c
 
 
@@ -186,11 +186,9 @@ def pool(x: Tensor, *, largest: bool, **facts: Any) -> Tensor:
         if padding != [0] * rank:
             flat = [amount for amount in reversed(padding) for _ in (0, 1)]
             ones, padded = F.pad(ones, flat), F.pad(padded, flat)
-        pooled = average(padded, kernel, stride) / average(ones, kernel, stride)
-        return pooled
+        return torch.div(average(padded, kernel, stride), average(ones, kernel, stride))
     x, padding = _padded(x, pads)
-    pooled = average(x, kernel, stride, padding, bool(facts.get("ceil_mode", 0)), True)
-    return pooled
+    return torch.as_tensor(average(x, kernel, stride, padding, bool(facts.get("ceil_mode", 0)), True))
 
 
 def reduce(x: Tensor, axes: Tensor | None = None, *, how: str, **facts: Any) -> Tensor:
