@@ -18,6 +18,8 @@ from edge_adapt.methods.protocol import TAPS, Context, Observation, Step, config
 
 Array = NDArray[Any]
 
+UNSETTLED = 10
+"""While the ports still move much, deep taps move with them: only a change this many times larger is another domain."""
 
 STALE = 1.1
 """Mean measured variance, in units of the stored one, above which the stored statistics are taken as outdated."""
@@ -133,7 +135,8 @@ class Moments:
         state = self._slide(state, mean, second, frames)
         state = replace(state, distance=self._distance(state))
         events: tuple[str, ...] = ()
-        if state.distance > (self.config.alarm if state.seen >= self.config.start / 2 else 10 * self.config.alarm):
+        settled = state.seen >= self.config.start / 2
+        if state.distance > self.config.alarm * (1 if settled else UNSETTLED):
             events = ("domain change",)
             state = self._restart(state, mean, second, frames)
         else:

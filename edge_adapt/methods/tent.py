@@ -190,7 +190,8 @@ class Learner:
         assert state.moments is not None
         assert old.moments is not None
         ports = moments.delta(state.moments)
-        state = replace(state, frames=_joined(state.frames, seen.frames), cut=_joined(state.cut, seen.cut))
+        if self.settings.settle==0 or not _urgent(moments, old):
+            state = replace(state, frames=_joined(state.frames, seen.frames), cut=_joined(state.cut, seen.cut))
         state, refusals = self._stepped(state, seen, ports)
         if state.updates != old.updates or ports is not moments.delta(old.moments):
             state = replace(state, delta=_delta(state, ports))
