@@ -144,10 +144,11 @@ class Bundle:
             raise ArtifactError(f"{path / SOURCE} cannot be read: {error}", remedy="export it again") from error
         for site in manifest.sites:
             for role in ("mean", "std", "weight", "bias", "offset"):
-                found_shape = source[f"{site.name}.{role}"].shape if f"{site.name}.{role}" in source else None
-                if found_shape != (site.channels,):
+                name = f"{site.name}.{role}"
+                shape = source[name].shape if name in source else None
+                if shape != (site.channels,):
                     raise ArtifactError(
-                        f"{path / SOURCE}: {site.name}.{role} has shape {found_shape}, {MANIFEST} says ({site.channels},)",
+                        f"{path / SOURCE}: {name} has shape {shape}, {MANIFEST} says ({site.channels},)",
                         remedy="copy the bundle again, or export it again",
                     )
         return cls(path, manifest, source)

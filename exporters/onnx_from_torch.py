@@ -82,7 +82,7 @@ def _translate(
         )
     except Exception as error:  # several private exception types, all mean the same
         raise ArtifactError(
-            f"{_blame(captured, error)} cannot be exported to ONNX: {_first_line(error)}",
+            f"{_blame(captured, error)} cannot be exported to ONNX: {_first_line(_causes(error)[-1])}",
             remedy="replace that operator by standard layers, or export an .onnx yourself",
         ) from error
     if program is None:
@@ -97,18 +97,21 @@ def _translate(
 
 def _blame(captured: torch.export.ExportedProgram, error: BaseException) -> str:
     """Which operator, in which module: the exporter's message names only a node of its own graph."""
-    text = ""
-    cause: BaseException | None = error
-    while cause is not None:
-        text += f"\n{cause}"
-        cause = cause.__cause__
-    for node in captured.graph.nodes:
-        names = rf"%{re.escape(node.name)}\b|\b{re.escape(str(node.target))}\b"
-        if node.op == "call_function" and re.search(names, text):
+    failed = {name for cause in _causes(error) for name in re.findall(r"\bnode %(\w+)", str(cause))}
+    for node in captured.run_decompositions().graph.nodes:  # as the exporter saw them
+        if node.op == "call_function" and node.name in failed:
             stack = node.meta.get("nn_module_stack") or {}
             where = [f"{path or 'the model'} ({kind})" for path, kind in stack.values()]
             return f"operator {node.target} in module {where[-1] if where else 'the model'}"
     return "an operator of the model"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, and what caused it, down to the first."""
+    found = [error]
+    while found[-1].__cause__ is not None:
+        found.append(found[-1].__cause__)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -125,8 +125,6 @@ def device_bundle(tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
-def reference_bundle(
-    tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def reference_bundle(tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny network cut at its input. Do not modify its files."""
     return _bundle(tiny_net, tiny_data, tmp_path_factory.mktemp("bundles") / "reference", "input")

@@ -1,8 +1,8 @@
 """The random views of CoTTA: one draw per call for the whole batch, from a generator, without torchvision.
 
 Clip to [0, 1]; brightness, contrast, saturation, hue and gamma in random order; rotation, shift and zoom over
-replicated edges; a slight blur; perhaps a mirror; a little noise; clip (Wang et al., "Continual Test-Time Domain
-Adaptation", CVPR 2022). Frames go in and come out as the network is fed.
+replicated edges; a slight blur; perhaps a mirror; a little noise; clip (Wang et al., "Continual Test-Time
+Domain Adaptation", CVPR 2022). Frames go in and come out as the network is fed.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def warp(images: Tensor, generator: Generator, margin: int) -> Tensor:
     """Rotate, zoom and shift about the centre, bilinear; `margin` pixels more on every side than came in.
 
     The published transform works on a canvas of twice the size with replicated edges and keeps the centre of it.
-    No pixel that is kept looks beyond that canvas, so reading with clamped coordinates is the same without it. The
-    shift is a share of the canvas, not of the image.
+    No pixel that is kept looks beyond that canvas, so reading with clamped coordinates is the same without it.
+    The shift is a share of the canvas, not of the image.
     """
     height, width = images.shape[-2:]
     angle, zoom = math.radians(_between(DEGREES, generator)), _between(ZOOM, generator)

@@ -18,15 +18,15 @@ from edge_adapt.methods.protocol import Context, configured
 from edge_adapt.methods.tent import Learned, Learner, LearnerConfig, LearnerState, Lesson
 
 PUBLISHED_VIEWS, PUBLISHED_MOMENTUM = 32, 0.999
-DEVICE_VIEWS, DEVICE_MOMENTUM = 4, 0.99
+DEVICE_VIEWS, DEVICE_MOMENTUM = 2, 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoTTAConfig(LearnerConfig):
-    """Defaults: CIFAR10-C settings of the paper in reference mode, trials on a CIFAR ResNet-20 on the device."""
+    """Defaults: CIFAR10-C settings of the paper for reference mode, trials on a ResNet-20 for the device."""
 
     views: int | None = None
-    """Augmented views for batches that source is not sure of; None: 32 in reference mode, 4 on the device."""
+    """Augmented views for batches that source is not sure of; None: 32 in reference mode, 2 on the device."""
     confident: float = 0.92
     """p_th: from this mean confidence of source on, no views are made."""
     momentum: float | None = None

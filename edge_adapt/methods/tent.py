@@ -3,9 +3,9 @@
 Loss: the mean entropy of the answers, H = -sum_k p_k log p_k, p = softmax(logits); trained are the weight and
 bias of every norm (Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021).
 
-Two modes, which `Learner` gives to CoTTA as well. Cut at the input (reference): every batch is normalised by its
-own statistics, one step per batch, the logits of before the step are the answer: as published. Cut elsewhere
-(device): the engine answers, `Moments` holds the statistics, and the tail learns on top from some of the frames.
+Two modes, which `Learner` gives to CoTTA as well. Cut at the input (reference): every batch is normalised by
+its own statistics, one step per batch, the logits of before the step are the answer: as published. Cut elsewhere
+(device): the engine answers, `Moments` holds the statistics, the tail learns on top from some of the frames.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from edge_adapt.methods.protocol import CUT, TAPS, Context, Observation, Step, c
 
 Array = NDArray[Any]
 
+CHANGE = "domain change"
+"""What `Moments` says when it starts anew."""
+REFERENCE_LR = 1e-3
 SMALL_BATCH = 32
 """Device: the learning rate of a step on fewer frames is smaller in proportion."""
 
@@ -37,18 +40,19 @@ class LearnerConfig:
     """What both methods have; in reference mode only `lr` and `betas` are used."""
 
     lr: float | None = None
-    """None: 1e-3 in reference mode, `device_lr` on the device."""
-    device_lr: float = 1e-3
+    """Of Adam; None: 1e-3 in reference mode, `Learner.device_lr` on the device."""
     betas: tuple[float, float] = (0.9, 0.999)
     more: int = 3
     """Device: in quiet times, so many frames are looked at for each one that `Moments` looks at."""
     window: int = 32
     """Device: a step needs so many looked-at frames; fewer are kept until they are enough."""
+    statistics: Literal["ports", "batch"] = "ports"
+    """Device: what the norms use while learning. `ports`: as in the engine. `batch`: those of the window, which
+    bears a larger `lr`, for `Moments` follows what learning moves; wrong if the window is all of one kind."""
     pull: float = 0.01
     """Device: after each step, this share of the way back to source, as in ROID (Marsden et al., WACV 2024)."""
     keep: float = 0.0
     """Device: at a change of domain, the share of what was learned that stays."""
-    settle: int = 0
     moments: dict[str, Any] = field(default_factory=dict)
     """Device: settings of the `Moments` inside."""
 
@@ -57,6 +61,8 @@ class LearnerConfig:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, expected {least} or more", remedy="use the default")
+        if self.statistics not in ("ports", "batch"):
+            raise ConfigError(f"statistics is {self.statistics!r}", remedy="known: ports, batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +115,7 @@ Learned = tuple[LearnerState, Tensor]
 class Learner:
     """Everything but the step itself: statistics, when to look, when to step, and what not to believe."""
 
+    device_lr: ClassVar[float] = 1e-3
     answers: bool
     needs: frozenset[str]
 
@@ -117,7 +124,8 @@ class Learner:
         self.seed = context.seed
         self.reference = self.answers = context.reference
         self.needs = frozenset({CUT} if self.reference else {CUT, TAPS})
-        self.lr = settings.lr if settings.lr is not None else 1e-3 if self.reference else settings.device_lr
+        default = REFERENCE_LR if self.reference else self.device_lr
+        self.lr = settings.lr if settings.lr is not None else default
         self.moments = None if self.reference else Moments(replace(context, settings=dict(settings.moments)))
         self.tail = context.tail()
         self.source: Tensors = self.trained()
@@ -143,7 +151,7 @@ class Learner:
         return replace(state, moments=inner, delta=self.moments.delta(inner))
 
     def delta(self, state: LearnerState) -> Delta:
-        """Device: the ports, and the teacher once it is not source. Reference: source, the method answers itself."""
+        """Device: the ports, and the teacher once it is not source. Reference: source; the engine is not used."""
         return state.delta
 
     def look(self, state: LearnerState, frames: int, passed: int) -> int:
@@ -190,11 +198,10 @@ class Learner:
         assert state.moments is not None
         assert old.moments is not None
         ports = moments.delta(state.moments)
-        if self.settings.settle==0 or not _urgent(moments, old):
-            state = replace(state, frames=_joined(state.frames, seen.frames), cut=_joined(state.cut, seen.cut))
+        state = replace(state, frames=_joined(state.frames, seen.frames), cut=_joined(state.cut, seen.cut))
         state, refusals = self._stepped(state, seen, ports)
-        if state.updates != old.updates or ports is not moments.delta(old.moments):
-            state = replace(state, delta=_delta(state, ports))
+        if state.teacher is not old.teacher or ports is not moments.delta(old.moments):
+            state = replace(state, delta=self._delta(state, ports))
         return Step(state, events=(*events, *refusals))
 
     def _fed(
@@ -211,20 +218,16 @@ class Learner:
         state = replace(
             state, moments=inner.state, owed=0 if was_urgent else count * self.settings.more, unfed=0
         )
-        if "domain change" in inner.events:
-            student, teacher = (
-                mix(self.source, values, self.settings.keep) for values in (state.student, state.teacher)
-            )
-            state = replace(
-                state,
-                student=student,
-                teacher=teacher,
-                adam=AdamState(),
-                frames=None,
-                cut=None,
-                updates=state.updates + 1,
-            )
-        return state, inner.events
+        return self._forgotten(state) if CHANGE in inner.events else state, inner.events
+
+    def _forgotten(self, state: LearnerState) -> LearnerState:
+        """Another domain: frames that were kept and old gradients go, and most or all of what was learned."""
+        keep = self.settings.keep
+        student, teacher = (
+            mix(self.source, values, keep) if keep else self.source
+            for values in (state.student, state.teacher)
+        )
+        return replace(state, student=student, teacher=teacher, adam=AdamState(), frames=None, cut=None)
 
     def _stepped(
         self, state: LearnerState, seen: Observation, ports: Delta
@@ -233,16 +236,21 @@ class Learner:
         if state.frames is None or len(state.frames) < self.settings.window:
             return state, ()
         assert seen.trunk is not None
-        tail = self.tail
+        tail, batch = self.tail, self.settings.statistics == "batch"
         lesson = Lesson(
             frames=state.frames,
             cut=torch.tensor(state.cut),
-            tail=lambda h, values: tail(h, dict(values), ports=ports),
+            tail=lambda h, values: tail(h, dict(values), ports=ports, batch=batch),
             trunk=seen.trunk,
         )
         state = replace(state, frames=None, cut=None)
         learned, _ = self.learn(state, lesson)
         return _accepted(state, learned)
+
+    def _delta(self, state: LearnerState, ports: Delta) -> Delta:
+        if state.teacher is self.source:
+            return ports
+        return ports | {f"{TAIL}{name}": value.numpy() for name, value in state.teacher.items()}
 
     def descend(
         self, state: LearnerState, student: Tensors, loss: Tensor, frames: int
@@ -262,6 +270,7 @@ class Tent(Learner):
     """Entropy of the answers, by the weights and biases of the norms."""
 
     name: ClassVar[str] = "tent"
+    device_lr: ClassVar[float] = 3e-4
 
     def __init__(self, context: Context, config: TentConfig | None = None) -> None:
         self.config: TentConfig = configured(config or TentConfig(), context.settings)
@@ -305,12 +314,6 @@ def _accepted(old: LearnerState, new: LearnerState) -> tuple[LearnerState, tuple
     if not all_finite(new.student, new.teacher, new.adam.first, new.adam.second):
         return old, ("refused: the step is not finite",)
     return replace(new, updates=old.updates + 1), ()
-
-
-def _delta(state: LearnerState, ports: Delta) -> Delta:
-    if not state.updates:
-        return ports
-    return ports | {f"{TAIL}{name}": value.numpy() for name, value in state.teacher.items()}
 
 
 def _joined(kept: Array | None, new: Array) -> Array:

@@ -23,7 +23,7 @@ from edge_adapt.cli import run
 
 WRONG, INTERRUPTED = 2, 130
 
-FACTORIES = '''
+FACTORIES = """
 import torch
 from torch import nn
 
@@ -93,7 +93,7 @@ def no_shape():
 
 def no_module():
     return 7
-'''
+"""
 
 
 @pytest.fixture
@@ -164,13 +164,11 @@ def test_a_file_that_is_no_onnx_is_named(refused, tmp_path):
     assert "bad.onnx" in refused("export", tmp_path / "bad.onnx", "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("factory", "operator", "module"), [("spectral", "svd", "Spectral"), ("eigen", "eigh", "Eigen")])
-def test_an_operator_that_cannot_be_exported_is_named_with_its_module(
-    factory, operator, module, refused, factories, tmp_path
-):
+@pytest.mark.parametrize(("factory", "operator"), [("spectral", "svd"), ("eigen", "eigh")])
+def test_an_operator_that_cannot_be_exported_is_named_with_its_module(factory, operator, refused, factories, tmp_path):
     shown = refused("export", f"{factories}:{factory}", "--out", tmp_path / "out")
     assert operator in shown
-    assert "body" in shown or module in shown
+    assert "in module body" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -244,9 +242,7 @@ GOOD = np.random.default_rng(0).uniform(0, 1, (6, 3, 8, 8)).astype(np.float32)
 )
 def test_calibration_that_does_not_fit_is_refused(images, said, refused, factories, tmp_path):
     np.savez(tmp_path / "source.npz", images=images)
-    shown = refused(
-        "export", f"{factories}:small", "--calibration", tmp_path / "source.npz", "--out", tmp_path / "out"
-    )
+    shown = refused("export", f"{factories}:small", "--calibration", tmp_path / "source.npz", "--out", tmp_path / "out")
     assert said in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code", "source.npz"]
 
@@ -425,21 +421,17 @@ def test_a_full_disk_leaves_no_bundle(file, refused, factories, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["code"]
 
 
-@pytest.mark.parametrize("kilobytes", [200, 800])
-def test_a_limit_on_file_size_leaves_no_bundle(kilobytes, tmp_path):
+def test_a_limit_on_file_size_leaves_no_bundle(tmp_path):
     """The real thing: the system refuses to write more, in whichever library that happens."""
     done = subprocess.run(
         [*COMMAND, "export", "zoo:mlperf-resnet8", "--out", str(tmp_path / "out")],
         env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, kilobytes << 10)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200 << 10, 200 << 10)),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    if kilobytes == 800:
-        assert done.returncode == 0, done.stderr
-        return
     assert done.returncode == WRONG, done.stderr
     assert_clear(done.stderr)
     left = {path.name for path in tmp_path.iterdir()} - {"torchinductor_root", ".ses"}  # torch's own
@@ -475,7 +467,7 @@ def interrupt(arguments: list[object], when: str, *, timeout: float = 120) -> tu
 
 @pytest.mark.parametrize("stage", ["exporting", "cut at"])
 def test_ctrl_c_during_export_leaves_nothing(stage, tmp_path):
-    code, shown = interrupt(["export", "zoo:cifar-resnet20", "--out", tmp_path / "out"], stage)
+    code, shown = interrupt(["export", "zoo:mlperf-resnet8", "--out", tmp_path / "out"], stage)
     assert code == INTERRUPTED, shown
     assert "Traceback" not in shown
     assert list(tmp_path.iterdir()) == []
@@ -483,7 +475,7 @@ def test_ctrl_c_during_export_leaves_nothing(stage, tmp_path):
 
 def test_ctrl_c_during_export_keeps_the_bundle_that_was_there(device_bundle, tmp_path):
     out = copy_of(device_bundle, tmp_path)
-    code, shown = interrupt(["export", "zoo:mlperf-resnet8", "--out", out, "--force"], "cut at")
+    code, shown = interrupt(["export", "zoo:mlperf-kws", "--out", out, "--force"], "cut at")
     assert code == INTERRUPTED, shown
     assert run(["check", str(out)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]

@@ -1,4 +1,4 @@
-"""Whole exports: the engine against the original torch module or the original file, trunk.onnx as a stranger runs it."""
+"""Whole exports: the engine against the original module or file, and trunk.onnx as a stranger runs it."""
 
 from __future__ import annotations
 
@@ -124,11 +124,7 @@ def har(data: Path):
     with np.load(data / "uci_har_stream.npz") as file:
         signal = file["signal"].astype(np.float32) * file["scale"]
         segments = list(zip(file["segment_start"], file["segment_length"], file["segment_label"], strict=True))
-    starts = [
-        (start + at, label)
-        for start, length, label in segments
-        for at in range(0, int(length) - 127, 64)
-    ][::10]
+    starts = [(start + at, label) for start, length, label in segments for at in range(0, int(length) - 127, 64)][::10]
     frames = np.stack([signal[:, at : at + 128] for at, _ in starts])
     mean, std = (np.array(value, np.float32)[:, None] for value in (HAR_MEAN, HAR_STD))
     return (frames - mean) / std, np.array([label for _, label in starts])
@@ -156,9 +152,8 @@ def foreign(request, shared_data, tmp_path_factory):
 def original_answers(path: Path, frames) -> np.ndarray:
     """ONNX Runtime on the file as it came; one frame at a time where its batch is fixed."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    image = next(
-        info for info in session.get_inputs() if info.name not in {w.name for w in session.get_overridable_initializers()}
-    )
+    weights = {info.name for info in session.get_overridable_initializers()}
+    image = next(info for info in session.get_inputs() if info.name not in weights)
     step = 1 if image.shape[0] == 1 else 50
     parts = [session.run(None, {image.name: frames[at : at + step]})[0] for at in range(0, len(frames), step)]
     return np.concatenate(parts)

@@ -369,3 +369,28 @@ def test_settings_are_checked(device):
         Tent(context(device, window=0))
     with pytest.raises(ConfigError, match="no setting 'memry'"):
         Tent(context(device, moments={"memry": 3}))
+
+
+def test_the_window_s_own_statistics_can_be_learned_under(device):
+    predictor = Predictor(device, OnnxRuntimeEngine(device))
+    look = predictor.look(frames(40), Tent(context(device)).needs)
+    biases = []
+    for statistics in ("ports", "batch"):
+        method = Tent(context(device, statistics=statistics))
+        biases.append(method.step(method.init(), look).state.student["bn2.bias"])
+    assert not torch.equal(*biases)
+    with pytest.raises(ConfigError, match="statistics is 'both'"):
+        Tent(context(device, statistics="both"))
+
+
+def test_a_change_of_domain_goes_back_to_source_by_default(device, monkeypatch):
+    predictor = Predictor(device, OnnxRuntimeEngine(device))
+    method = Tent(context(device))
+    state, _ = walk(method, predictor, [frames(68)])
+    assert method.delta(state).tail
+    plain = Moments.step
+    monkeypatch.setattr(
+        Moments, "step", lambda self, *given: replace(plain(self, *given), events=("domain change",))
+    )
+    after = method.step(state, predictor.look(frames(3, 5), method.needs)).state
+    assert not method.delta(after).tail
