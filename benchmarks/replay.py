@@ -91,10 +91,13 @@ def replay(
     rows = []
     try:
         warm = preprocess(shifts[0].images[: plan.batch_size])
-        for _ in range(WARM_UP):
-            engine.run(warm)
+
+        def plain_inference() -> None:
+            for _ in range(WARM_UP):
+                engine.run(warm)
+
         for name, build in builders.items():
-            memory = PeakMemory()
+            memory = PeakMemory(plain_inference)
             context = Context(bundle, _lazy_tail(bundle), plan.seed, plan.settings.get(name, {}))
             method: Method[Any] = build(context)
             predictor = Predictor(bundle, engine)
@@ -233,6 +236,7 @@ def _shifts(scenario: Scenario, data: Dataset, plan: Replay, progress: Progress)
     for shift in scenario.shifts(data, plan.severity, plan.seed, plan.corruptions):
         made.append(shift)
         progress("making the stream", len(made), len(plan.corruptions))
+    progress("making the stream", len(made), len(made))
     if not made or not len(made[0].images):
         raise DataError(f"{data.name} gives no frame for scenario {scenario.name}", remedy="check --data and --limit")
     return made

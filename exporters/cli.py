@@ -15,6 +15,9 @@ def export(
     weights: Annotated[Path | None, typer.Option(help=".safetensors or .pth for the model")] = None,
     cut: Annotated[str | None, typer.Option(help="module or tensor where the tail begins, or `input`")] = None,
     calibration: Annotated[str | None, typer.Option(help="source frames: .npz, folder, or sklearn:digits")] = None,
+    scale: Annotated[float, typer.Option(help="for an .onnx: raw values are divided by this")] = 1.0,
+    mean: Annotated[str, typer.Option(help="for an .onnx: subtracted after that, with commas between channels")] = "0",
+    std: Annotated[str, typer.Option(help="for an .onnx: divided by after that")] = "1",
     precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
     force: Annotated[bool, typer.Option(help="replace an existing bundle")] = False,
 ) -> None:
@@ -33,9 +36,19 @@ def export(
         data = load_data(calibration)
         frames = data.images if data.images is not None else next(iter(data.shifts.values()))
     typer.echo(f"exporting {model}", err=True)
-    made = from_spec(model, weights=weights)
+    made = from_spec(model, weights=weights, fed=(scale, numbers(mean, "--mean"), numbers(std, "--std")))
     run(made, out, calibration=frames, cut=cut, force=force, report=lambda text: typer.echo(f"  {text}", err=True))
     typer.echo(str(out))
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """`0.5,0.5` -> (0.5, 0.5). Raises: ConfigError."""
+    from edge_adapt.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}, expected numbers with commas between", remedy="0.5,0.5,0.5") from None
 
 
 def info(

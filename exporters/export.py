@@ -155,10 +155,21 @@ def check(path: Path, report: Report = lambda text: None) -> dict[str, float]:
     return errors
 
 
-def from_spec(spec: str, *, weights: Path | None, classes: Sequence[str] | None = None) -> Model:
-    """`zoo:name`, `package.module:factory` or a path to an .onnx file -> what to export. Raises: EdgeAdaptError."""
+def from_spec(
+    spec: str,
+    *,
+    weights: Path | None,
+    classes: Sequence[str] | None = None,
+    fed: tuple[float, tuple[float, ...], tuple[float, ...]] = (1.0, (0.0,), (1.0,)),
+) -> Model:
+    """`zoo:name`, `package.module:factory` or a path to an .onnx file -> what to export.
+
+    Args:
+        fed: scale, mean and std of the input of an .onnx file, which does not say them itself.
+    Raises: EdgeAdaptError.
+    """
     if spec.endswith(".onnx"):
-        return _from_file(Path(spec), classes)
+        return _from_file(Path(spec), classes, fed)
     if spec.startswith("zoo:"):
         return _from_zoo(spec.removeprefix("zoo:"), weights)
     if ":" not in spec:
@@ -243,19 +254,27 @@ def _from_factory(spec: str, weights: Path | None, classes: Sequence[str] | None
     return from_module(module.eval(), attribute, input_spec, classes=names, provenance=provenance)
 
 
-def _from_file(path: Path, classes: Sequence[str] | None) -> Model:
+def _from_file(
+    path: Path, classes: Sequence[str] | None, fed: tuple[float, tuple[float, ...], tuple[float, ...]]
+) -> Model:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist", remedy="check the path")
     network = tidy(import_network(path))
     shape = tuple(dim.dim_value for dim in network.graph.input[0].type.tensor_type.shape.dim)[1:]
     if not shape or not all(shape):
         raise ArtifactError(f"{path} has an input of shape {shape}; one frame must have a fixed size", remedy="fix it")
+    channels = shape[-1] if len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] > 4 else shape[0]
+    for name, values in (("mean", fed[1]), ("std", fed[2])):
+        if len(values) not in (1, channels):
+            raise ConfigError(
+                f"{name} has {len(values)} numbers, the input has {channels} channels", remedy="give one, or one each"
+            )
     layout = "NCW" if len(shape) == 2 else "NHWC" if shape[-1] in (1, 3, 4) and shape[0] > 4 else "NCHW"
     return Model(
         name=path.stem,
         module=None,
         network=network,
-        input=InputSpec(shape=shape, layout=layout),  # type: ignore[arg-type]
+        input=InputSpec(shape=shape, layout=layout, scale=fed[0], mean=fed[1], std=fed[2]),  # type: ignore[arg-type]
         classes=tuple(classes) if classes else None,
         cut=None,
         provenance={"model": path.name, "weights": _fingerprint(path)},
