@@ -249,8 +249,3 @@ def _stacked(graph: onnx.GraphProto, rows: Sequence[str], base: str) -> str:
     stacked = f"{base}/moments"
     graph.node.append(helper.make_node("Concat", [f"{row}/row" for row in rows], [stacked], axis=1, name=stacked))
     return stacked
-
-
-def weights_bytes(graph: onnx.GraphProto) -> int:
-    """Size of all initialisers."""
-    return sum(array.nbytes for array in initializers(graph).values())
