@@ -447,6 +447,8 @@ def interrupt(arguments: list[object], when: str, *, timeout: float = 120) -> tu
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A background job is started with SIGINT ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     watchdog = threading.Timer(timeout, process.kill)
     watchdog.start()
