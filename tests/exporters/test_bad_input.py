@@ -448,7 +448,7 @@ def interrupt(arguments: list[object], when: str, *, timeout: float = 120) -> tu
         text=True,
         start_new_session=True,
         # A background job is started with SIGINT ignored, and would hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509, no thread yet
     )
     watchdog = threading.Timer(timeout, process.kill)
     watchdog.start()
