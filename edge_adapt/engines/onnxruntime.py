@@ -175,7 +175,7 @@ class OnnxRuntimeEngine:
         try:
             session = sessions.get((False, False))
         except _NotLiveError as reason:
-            log.warning("weights cannot be edited in place: %s; sessions will be rebuilt", reason)
+            log.warning("weights cannot be edited in place: %s; sessions will be rebuilt", reason.what)
             return None
         sessions.write(probe)
         found = session.run(None, self._feeds(frames))[0]
@@ -283,8 +283,11 @@ class _LiveSessions(_Sessions):
         return ort.InferenceSession(optimised.graph, options, providers=[CPU])
 
 
-class _NotLiveError(Exception):
-    """Why a graph's weights cannot be edited in place."""
+class _NotLiveError(EngineError):
+    """Why a graph's weights cannot be edited in place. A twin, made when first asked for, may be the first to tell."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, remedy="build the engine with live=False, which rebuilds sessions at each change")
 
 
 @dataclass(frozen=True)
