@@ -23,8 +23,9 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.errors import ConfigError, DataError, did_you_mean
+from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.protocol import Context, Method
-from edge_adapt.plugins import ENGINES, METHODS, find
+from edge_adapt.plugins import ENGINES, find
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.loop import Answer, adapt
 from edge_adapt.runtime.predictor import Predictor
@@ -81,8 +82,11 @@ def replay(
     Returns: the form of results.json; errors in per cent, times in milliseconds a frame.
     """
     scenario = scenarios.get(plan.scenario)
-    builders = {name: find(METHODS, name) for name in plan.methods}
     check_labels(bundle, data)
+    tail = _lazy_tail(bundle)
+    methods = {
+        name: build(name, Context(bundle, tail, plan.seed, plan.settings.get(name, {}))) for name in plan.methods
+    }
     shifts = _shifts(scenario, data, plan, progress)
     preprocess = Preprocess(bundle.manifest.input)
     preprocess(shifts[0].images[:1])
@@ -96,10 +100,8 @@ def replay(
             for _ in range(WARM_UP):
                 engine.run(warm)
 
-        for name, build in builders.items():
+        for name, method in methods.items():
             memory = PeakMemory(plain_inference)
-            context = Context(bundle, _lazy_tail(bundle), plan.seed, plan.settings.get(name, {}))
-            method: Method[Any] = build(context)
             predictor = Predictor(bundle, engine)
             score = _Score(name, shifts, total)
             for frames, shift, answer in _run(predictor, method, scenario, shifts, plan, preprocess):

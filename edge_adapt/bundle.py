@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
+from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, PROMPTS, Delta
 from edge_adapt.errors import ArtifactError, StateError
 
 Array = NDArray[Any]
@@ -80,6 +80,15 @@ class Cut(_Part):
     shape: tuple[int, ...]
 
 
+class Head(_Part):
+    """The linear layer that makes the logits."""
+
+    layer: str
+    features: str
+    """Its input in full.onnx, [N, width]."""
+    width: int
+
+
 class Parity(_Part):
     """How far the engine was from torch when the bundle was made, as a share of the output's scale."""
 
@@ -102,6 +111,8 @@ class Manifest(_Part):
     output: Literal["logits", "probabilities"] = "logits"
     outputs: int
     cut: Cut
+    head: Head | None = None
+    """None where the logits come from something else, such as a pooled convolution."""
     sites: tuple[Site, ...]
     layers: tuple[LiveLayer, ...]
     tap_side: int = 0
@@ -124,7 +135,8 @@ class Bundle:
     path: Path
     manifest: Manifest
     source: dict[str, Array]
-    """source.safetensors: `<site>.mean|std|weight|bias|offset` [C], and what calibration measured."""
+    """source.safetensors: `<site>.mean|std|weight|bias|offset` [C], `head.weight` [K, D] and `head.bias` [K], and what
+    calibration measured."""
 
     @classmethod
     def load(cls, path: Path | str) -> Bundle:
@@ -193,6 +205,11 @@ class Bundle:
                     f"{name} has shape {delta[name].shape}, the bundle's sites have {self.channels} channels",
                     remedy="use a delta that was learned on this bundle",
                 )
+        if PROMPTS in delta and (delta[PROMPTS].ndim != 2 or delta[PROMPTS].shape[1] != self.manifest.prompts):
+            raise StateError(
+                f"prompts have shape {delta[PROMPTS].shape}, the network takes [P, {self.manifest.prompts}]",
+                remedy="use a delta that was learned on this bundle",
+            )
         if PORT_SCALE in delta and float(delta[PORT_SCALE].min(initial=1.0)) <= 0:
             raise StateError("ports/scale has numbers that are not positive", remedy="roll back to the last good one")
 

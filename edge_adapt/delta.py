@@ -19,6 +19,7 @@ from edge_adapt.errors import ArtifactError, StateError
 Array = NDArray[Any]
 
 PORT_SCALE, PORT_SHIFT = "ports/scale", "ports/shift"
+PROMPTS = "prompts"
 TAIL = "tail/"
 
 
@@ -28,6 +29,7 @@ class Delta(Mapping[str, Array]):
 
     `ports/scale` and `ports/shift`: [channels of all sites], in the order of the manifest. A site answers
     `weight * (scale * x + shift) + bias`, where x is its normalised input; identity is 1 and 0.
+    `prompts`: [P, width], tokens that a transformer takes behind its class token; identity is none.
     `tail/<parameter>`: a parameter of the tail, whole, in the shape that it has there.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
-from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
+from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, PROMPTS, Delta
 from edge_adapt.errors import StateError
 
 Array = NDArray[Any]
@@ -31,6 +31,8 @@ class LiveUpdate:
     """Layer -> another weight, in the layout of full.onnx, before `scale`."""
     biases: dict[str, Array] = field(default_factory=dict)
     """Layer without a site -> another bias."""
+    prompts: Array | None = None
+    """[P, width], tokens behind the class token; None for a network that takes none."""
 
 
 class Merger:
@@ -86,7 +88,14 @@ class Merger:
             (weight * (scale * offset + shift) + bias).astype(np.float32),
             weights,
             biases,
+            self._prompts(delta),
         )
+
+    def _prompts(self, delta: Delta) -> Array | None:
+        width = self.bundle.manifest.prompts
+        if width is None and PROMPTS in delta:
+            raise StateError("the delta holds prompts, the network takes none", remedy="use a delta of this bundle")
+        return None if width is None else delta.get(PROMPTS, np.zeros((0, width), np.float32))
 
     def _check(self, name: str, owner: str, role: str, value: Array) -> None:
         """Raises: StateError if a vector does not fit its site; NumPy would stretch it in silence."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from edge_adapt.errors import ConfigError, EngineError, did_you_mean
 
-METHODS, ENGINES, COMMANDS = "edge_adapt.methods", "edge_adapt.engines", "edge_adapt.commands"
+METHODS, WRAPPERS = "edge_adapt.methods", "edge_adapt.wrappers"
+ENGINES, COMMANDS = "edge_adapt.engines", "edge_adapt.commands"
 
 
 def names(group: str) -> list[str]:

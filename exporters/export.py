@@ -31,6 +31,7 @@ from edge_adapt.bundle import (
     TRUNK,
     Bundle,
     Cut,
+    Head,
     InputSpec,
     Manifest,
     Parity,
@@ -40,7 +41,7 @@ from edge_adapt.delta import write_atomically
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.engines.torch_from_onnx import GraphModule
 from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptError
-from edge_adapt.graph import SIDE, graft_taps, initializers, shapes
+from edge_adapt.graph import SIDE, attributes, graft_taps, initializers, producers, shapes
 from edge_adapt.preprocess import Preprocess
 from exporters import parity
 from exporters.calibrate import source_statistics
@@ -107,7 +108,7 @@ def export(
         report(f"{len(folded.sites)} norm sites, cut at {manifest.cut.name}")
         _save_graphs(folder, network, folded, manifest)
         report("measuring the source domain" if frames is not None else "no calibration data: stored statistics")
-        source = dict(folded.constants)
+        source = folded.constants | _head_weights(folded.model, manifest.head)
         manifest = _finish(folder, manifest, source)
         bundle = Bundle.load(folder)
         engine = OnnxRuntimeEngine(bundle)
@@ -329,6 +330,7 @@ def _manifest(
         output="probabilities" if last.op_type == "Softmax" else "logits",
         outputs=int(shapes(network)[network.graph.output[0].name][-1] or 0),
         cut=Cut(name=name, tensor=tensor, shape=tuple(dim for dim in dims[tensor][1:] if isinstance(dim, int))),
+        head=_head(folded.model, dims),
         sites=sites,
         layers=tuple(folded.layers),
         tap_side=_tap_side(folded, dims),
@@ -338,6 +340,28 @@ def _manifest(
         provenance={**model.provenance, "onnx": onnx.__version__},
         files={},
     )
+
+
+def _head(model: onnx.ModelProto, dims: dict[str, list[int | str | None]]) -> Head | None:
+    """The last layer, if it is linear."""
+    made_by, weights = producers(model.graph), initializers(model.graph)
+    node = made_by[model.graph.output[0].name]
+    while node.op_type in ("Softmax", "LogSoftmax"):
+        node = made_by[node.input[0]]
+    if node.op_type != "Gemm" or node.input[1] not in weights:
+        return None
+    return Head(layer=node.name, features=node.input[0], width=int(dims[node.input[0]][-1] or 0))
+
+
+def _head_weights(model: onnx.ModelProto, head: Head | None) -> dict[str, Array]:
+    """`head.weight` [K, D] and `head.bias` [K]."""
+    if head is None:
+        return {}
+    node = next(node for node in model.graph.node if node.name == head.layer)
+    weights, facts = initializers(model.graph), attributes(node)
+    weight = weights[node.input[1]] if facts.get("transB") else weights[node.input[1]].T
+    bias = weights[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros(len(weight))
+    return {"head.weight": weight * facts.get("alpha", 1.0), "head.bias": bias * facts.get("beta", 1.0)}
 
 
 def _tap_side(folded: Folded, dims: dict[str, list[int | str | None]]) -> int:

@@ -11,7 +11,7 @@ from edge_adapt.delta import Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.errors import ArtifactError
 from edge_adapt.merge import Merger
-from edge_adapt.tail import Tail, load_program
+from edge_adapt.tail import Tail, batch_statistics, load_program
 
 
 @pytest.fixture(params=["device_bundle", "reference_bundle"])
@@ -57,7 +57,7 @@ def test_evaluating_leaves_the_source_parameters_alone(bundle, tail, tiny_frames
     cut = torch.from_numpy(OnnxRuntimeEngine(bundle).observe(tiny_frames, cut=True, taps=False).cut)
     for delta in deltas(bundle, tail):
         tail.with_delta(cut, delta)
-    tail(cut, batch=True)
+    tail(cut, norm=batch_statistics)
     assert all(torch.equal(value, before[name]) for name, value in (tail.parameters | tail.buffers).items())
 
 
@@ -65,7 +65,8 @@ def test_gradients_reach_the_parameters_that_are_given(bundle, tail, tiny_frames
     cut = torch.from_numpy(OnnxRuntimeEngine(bundle).observe(tiny_frames, cut=True, taps=False).cut)
     values = {name: value.clone().requires_grad_() for name, value in tail.norm_parameters.items()}
     for batch in (False, True):
-        gradients = torch.autograd.grad(tail(cut, values, batch=batch).square().mean(), list(values.values()))
+        norm = batch_statistics if batch else None
+        gradients = torch.autograd.grad(tail(cut, values, norm=norm).square().mean(), list(values.values()))
         assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         assert any(bool(gradient.abs().max() > 0) for gradient in gradients)
 
@@ -80,7 +81,7 @@ def test_batch_statistics_are_those_of_a_module_in_training(reference_bundle, ti
     x = torch.from_numpy(tiny_frames[:32])
     with torch.no_grad():
         expected = net(x)
-        found = Tail(reference_bundle)(x, batch=True)
+        found = Tail(reference_bundle)(x, norm=batch_statistics)
     assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 

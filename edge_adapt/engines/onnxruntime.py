@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,8 +26,9 @@ from edge_adapt.bundle import FULL, Bundle, LiveLayer
 from edge_adapt.delta import Delta
 from edge_adapt.engines.live import Bank, Group, Layout, LiveTensor, find_layout, grouped
 from edge_adapt.engines.protocol import Observed
+from edge_adapt.engines.twin import PLAIN, Key, observed, twin
 from edge_adapt.errors import EngineError, StateError
-from edge_adapt.graph import graft_taps, initializers, set_initializers
+from edge_adapt.graph import initializers, set_initializers
 from edge_adapt.merge import LiveUpdate, Merger
 
 Array = NDArray[Any]
@@ -36,9 +38,6 @@ log = logging.getLogger(__name__)
 CPU = "CPUExecutionProvider"
 VERIFY_TOLERANCE = 1e-4
 
-
-Key = tuple[bool, bool]
-"""Which further outputs a session has: the cut, the taps."""
 
 
 class OnnxRuntimeEngine:
@@ -58,14 +57,14 @@ class OnnxRuntimeEngine:
         self._threads, self._provider = threads, provider
         self._model = onnx.load(bundle.path / FULL)
         self._weights = initializers(self._model.graph)
-        self._tokens = [site.tensor for site in bundle.manifest.sites if site.kind == "layer_norm"]
+        self._inputs = [info.name for info in self._model.graph.input]
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
         self._identity = Merger(bundle)(Delta.source())
         self._plan = self._try_live() if live else None
         self._applying = threading.Lock()
         self._active: _Sessions = self._fresh()
         self._idle: _Sessions | None = None
-        self._active.get((False, False))
+        self._active.run(PLAIN, np.zeros((1, *bundle.manifest.input.shape), np.float32))
 
     @classmethod
     def probe(cls) -> str | None:
@@ -82,15 +81,12 @@ class OnnxRuntimeEngine:
         return self._plan is not None
 
     def run(self, frames: Array) -> Array:
-        logits: Array = self._run((False, False), frames)[0]
+        logits: Array = self._run(PLAIN, frames)[0]
         return logits
 
-    def observe(self, frames: Array, *, cut: bool, taps: bool) -> Observed:
-        made = self._run((cut and not self.bundle.is_reference, taps), frames)
-        h = None
-        if cut:
-            h = frames if self.bundle.is_reference else made[-1]
-        return Observed(made[0], h, made[1] if taps else None, made[2] if taps and self._tokens else None)
+    def observe(self, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False) -> Observed:
+        key = (cut and not self.bundle.is_reference, taps, features)
+        return observed(self.bundle, key, frames if cut else None, self._run(key, frames))
 
     def apply(self, update: LiveUpdate) -> None:
         """Write into the bank that nobody reads, then swap: a run never waits for it, and never sees a mixture."""
@@ -99,16 +95,36 @@ class OnnxRuntimeEngine:
             if self._plan is None:
                 self._active = self._rebuilt(update)
                 return
-            changed = self._plan.fixed & update.weights.keys()
-            if changed:
-                raise EngineError(
-                    f"the matrix weight of {min(changed)} cannot change while the engine runs",
-                    remedy="adapt norms and biases, or build the engine with live=False",
-                )
-            idle = self._idle or self._fresh()
-            with idle.lock:  # a run that began before the last swap may still read it
-                idle.write(update)
+            idle = self._written(update)
             self._active, self._idle = idle, self._active
+
+    def rehearse(
+        self, update: LiveUpdate, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False
+    ) -> Observed:
+        """`observe` with other weights, in the bank that nobody reads: those in force stay, and answers go on."""
+        self._check(update)
+        key = (cut and not self.bundle.is_reference, taps, features)
+        with self._applying:
+            if self._plan is None:
+                made = self._rebuilt(update).run(key, frames)
+            else:
+                self._idle = self._written(update)
+                made = self._idle.run(key, frames)
+        return observed(self.bundle, key, frames if cut else None, made)
+
+    def _written(self, update: LiveUpdate) -> _Sessions:
+        """The bank that nobody reads, with these weights. Raises: EngineError if one of them is not live."""
+        assert self._plan is not None
+        changed = self._plan.fixed & update.weights.keys()
+        if changed:
+            raise EngineError(
+                f"the matrix weight of {min(changed)} cannot change while the engine runs",
+                remedy="adapt norms and biases, or build the engine with live=False",
+            )
+        idle = self._idle or self._fresh()
+        with idle.lock:  # a run that began before the last swap may still read it
+            idle.write(update)
+        return idle
 
     def _check(self, update: LiveUpdate) -> None:
         """Raises: StateError if a weight has another shape than in full.onnx; NumPy would stretch it in silence."""
@@ -128,18 +144,16 @@ class OnnxRuntimeEngine:
             self._idle = None
 
     def _run(self, key: Key, frames: Array) -> list[Array]:
-        feeds = self._feeds(frames)
         while True:
             sessions = self._active
             with sessions.lock:
                 if sessions is self._active:
-                    made: list[Array] = sessions.get(key).run(None, feeds)
-                    return made
+                    return sessions.run(key, frames)
 
     def _fresh(self) -> _Sessions:
         if self._plan is None:
             return self._rebuilt(self._identity)
-        made = _LiveSessions(self._graph, self._plan)
+        made = _LiveSessions(self._inputs, self._graph, self._plan)
         made.write(self._identity)  # so that going back to source later is bit for bit where it began
         return made
 
@@ -147,21 +161,12 @@ class OnnxRuntimeEngine:
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
         set_initializers(model.graph, self._refolded(update))
-        return _RebuiltSessions(lambda key: self._graph(key, model), self._threads, self._provider)
-
-    def _feeds(self, frames: Array) -> dict[str, Array]:
-        feeds = {self._model.graph.input[0].name: frames}
-        if self.bundle.manifest.prompts:
-            feeds[self._model.graph.input[1].name] = np.zeros((0, self.bundle.manifest.prompts), np.float32)
-        return feeds
+        made = _RebuiltSessions(self._inputs, lambda key: self._graph(key, model), self._threads, self._provider)
+        made.prompts = update.prompts
+        return made
 
     def _graph(self, key: Key, model: onnx.ModelProto | None = None) -> onnx.ModelProto:
-        cut, taps = key
-        sites = self.bundle.manifest.sites if taps else ()
-        tokens = self._tokens if taps else []
-        extra = [self.bundle.manifest.cut.tensor] if cut else []
-        tensors, side = [site.tensor for site in sites], self.bundle.manifest.tap_side
-        return graft_taps(model or self._model, tensors, tokens=tokens, extra=extra, side=side)
+        return twin(model or self._model, self.bundle, key)
 
     def _try_live(self) -> _LivePlan | None:
         """In-place weights, verified against a rebuilt session with other weights; None with a logged reason."""
@@ -169,17 +174,16 @@ class OnnxRuntimeEngine:
             log.info("weights cannot be edited in place on %s; sessions will be rebuilt", self._provider)
             return None
         plan = _LivePlan(self.bundle.manifest.layers, self._weights, self._sites, self._threads)
-        sessions = _LiveSessions(self._graph, plan)
+        sessions = _LiveSessions(self._inputs, self._graph, plan)
         frames = np.random.default_rng(0).standard_normal((2, *self.bundle.manifest.input.shape), np.float32)
         probe = self._random_update(plan.fixed)
+        sessions.write(probe)
         try:
-            session = sessions.get((False, False))
+            found = sessions.run(PLAIN, frames)[0]
         except _NotLiveError as reason:
             log.warning("weights cannot be edited in place: %s; sessions will be rebuilt", reason.what)
             return None
-        sessions.write(probe)
-        found = session.run(None, self._feeds(frames))[0]
-        expected = self._rebuilt(probe).get((False, False)).run(None, self._feeds(frames))[0]
+        expected = self._rebuilt(probe).run(PLAIN, frames)[0]
         error = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
         if not error < VERIFY_TOLERANCE:
             log.warning("weights edited in place answer %.1e off; sessions will be rebuilt", error)
@@ -198,7 +202,7 @@ class OnnxRuntimeEngine:
                     weights[layer.name] = self._weights[layer.weight] * np.float32(1.1)
                 if layer.bias:
                     biases[layer.name] = self._weights[layer.bias] + np.float32(0.1)
-        return LiveUpdate(scale, bias, weights, biases)
+        return replace(self._identity, scale=scale, bias=bias, weights=weights, biases=biases)
 
     def _refolded(self, update: LiveUpdate) -> dict[str, Array]:
         """Initialiser name -> value, for all layers, in the layout of full.onnx."""
@@ -217,35 +221,45 @@ class OnnxRuntimeEngine:
         return made
 
 
-class _Sessions:
+class _Sessions(ABC):
     """Sessions that share one state of the weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[str]) -> None:
         self.lock = threading.Lock()
+        self.prompts: Array | None = None
+        """[P, width], for a network that takes them."""
+        self._inputs = inputs
         self._made: dict[Key, ort.InferenceSession] = {}
 
-    def get(self, key: Key) -> ort.InferenceSession:
-        """The session with those outputs, made when first asked for."""
+    def run(self, key: Key, frames: Array) -> list[Array]:
+        """All outputs of the session with those outputs, which is made when first asked for."""
         if key not in self._made:
             self._made[key] = self._make(key)
-        return self._made[key]
+        made: list[Array] = self._made[key].run(None, dict(zip(self._inputs, (frames, self.prompts), strict=False)))
+        return made
 
+    @abstractmethod
     def write(self, update: LiveUpdate) -> None:
-        raise TypeError("these sessions are rebuilt, not written to")
+        """Change the weights of every session."""
 
     def clear(self) -> None:
         self._made.clear()
 
-    def _make(self, key: Key) -> ort.InferenceSession:
-        raise TypeError("abstract")
+    @abstractmethod
+    def _make(self, key: Key) -> ort.InferenceSession: ...
 
 
 class _RebuiltSessions(_Sessions):
     """Ordinary sessions, of a graph whose weights were folded beforehand. Works with every provider."""
 
-    def __init__(self, graph: Callable[[Key], onnx.ModelProto], threads: int, provider: str) -> None:
-        super().__init__()
+    def __init__(
+        self, inputs: Sequence[str], graph: Callable[[Key], onnx.ModelProto], threads: int, provider: str
+    ) -> None:
+        super().__init__(inputs)
         self._graph, self._threads, self._provider = graph, threads, provider
+
+    def write(self, update: LiveUpdate) -> None:
+        raise TypeError("these sessions are rebuilt, not written to")
 
     def _make(self, key: Key) -> ort.InferenceSession:
         return make_session(self._graph(key), self._threads, self._provider)
@@ -254,8 +268,8 @@ class _RebuiltSessions(_Sessions):
 class _LiveSessions(_Sessions):
     """Sessions that read their weights from one bank of ours."""
 
-    def __init__(self, graph: Callable[[Key], onnx.ModelProto], plan: _LivePlan) -> None:
-        super().__init__()
+    def __init__(self, inputs: Sequence[str], graph: Callable[[Key], onnx.ModelProto], plan: _LivePlan) -> None:
+        super().__init__(inputs)
         self._graph, self._plan = graph, plan
         self._bank = Bank()
         self._groups = 0
@@ -263,6 +277,7 @@ class _LiveSessions(_Sessions):
 
     def write(self, update: LiveUpdate) -> None:
         self._bank.write(update)
+        self.prompts = update.prompts
 
     def clear(self) -> None:
         super().clear()

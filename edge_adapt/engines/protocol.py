@@ -25,6 +25,8 @@ class Observed:
     """[N, 2, channels of all sites]: mean and second moment of every site's output, as the engine has it now."""
     cls: Array | None = None
     """[N, channels of the layer norms]: the class token behind each of them, where taps are asked of a transformer."""
+    features: Array | None = None
+    """[N, D], what the head is given."""
 
 
 class Engine(Protocol):
@@ -47,8 +49,14 @@ class Engine(Protocol):
         """Answer. frames: [N, ...] float32 as the manifest's input -> logits [N, K]."""
         ...
 
-    def observe(self, frames: Array, *, cut: bool, taps: bool) -> Observed:
-        """Answer, and let the outside look inside. Costs more than `run`."""
+    def observe(self, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False) -> Observed:
+        """Answer, and let the outside look inside. Taps cost more than `run`; the cut and the features hardly do."""
+        ...
+
+    def rehearse(
+        self, update: LiveUpdate, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False
+    ) -> Observed:
+        """`observe` with other weights that are not put in force: what would the answer be?"""
         ...
 
     def apply(self, update: LiveUpdate) -> None:

@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 from edge_adapt.bundle import FULL, Bundle
 from edge_adapt.engines.protocol import Observed
 from edge_adapt.engines.torch_from_onnx import GraphModule
-from edge_adapt.graph import graft_taps, initializers
+from edge_adapt.engines.twin import PLAIN, Key, observed, twin
+from edge_adapt.graph import initializers
 from edge_adapt.merge import LiveUpdate
 
 Array = NDArray[Any]
+
+
+Values = tuple[dict[str, torch.Tensor], "Array | None"]
+"""What replaces weights, by their name in full.onnx, and the prompts."""
 
 
 class TorchEngine:
@@ -28,10 +33,9 @@ class TorchEngine:
         self.bundle, self._threads = bundle, threads
         self._model = onnx.load(bundle.path / FULL)
         self._weights = initializers(self._model.graph)
-        self._tokens = [site.tensor for site in bundle.manifest.sites if site.kind == "layer_norm"]
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
-        self._modules: dict[tuple[bool, bool], GraphModule] = {}
-        self._values: dict[str, torch.Tensor] = {}
+        self._modules: dict[Key, GraphModule] = {}
+        self._values: Values = {}, None
         self._lock = threading.Lock()
 
     @classmethod
@@ -43,15 +47,26 @@ class TorchEngine:
         return f"torch {torch.__version__}, {self._threads} thread(s), weights replaced"
 
     def run(self, frames: Array) -> Array:
-        return self._call((False, False), frames)[0]
+        return self._call(PLAIN, frames)[0]
 
-    def observe(self, frames: Array, *, cut: bool, taps: bool) -> Observed:
-        key = (cut and not self.bundle.is_reference, taps)
-        made = self._call(key, frames)
-        h = (frames if self.bundle.is_reference else made[-1]) if cut else None
-        return Observed(made[0], h, made[1] if taps else None, made[2] if taps and self._tokens else None)
+    def observe(self, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False) -> Observed:
+        key = (cut and not self.bundle.is_reference, taps, features)
+        return observed(self.bundle, key, frames if cut else None, self._call(key, frames))
+
+    def rehearse(
+        self, update: LiveUpdate, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False
+    ) -> Observed:
+        key = (cut and not self.bundle.is_reference, taps, features)
+        made = self._call(key, frames, (self._changed(update), update.prompts))
+        return observed(self.bundle, key, frames if cut else None, made)
 
     def apply(self, update: LiveUpdate) -> None:
+        changed = self._changed(update), update.prompts
+        with self._lock:
+            self._values = changed
+
+    def _changed(self, update: LiveUpdate) -> dict[str, torch.Tensor]:
+        """Name in full.onnx -> value of everything that the update changes."""
         made: dict[str, Array] = {}
         for layer in self.bundle.manifest.layers:
             weight = update.weights.get(layer.name, self._weights[layer.weight])
@@ -64,30 +79,24 @@ class TorchEngine:
                 made[layer.bias] = update.bias[place]
             elif layer.bias and layer.name in update.biases:
                 made[layer.bias] = update.biases[layer.name]
-        with self._lock:
-            self._values = {name: torch.from_numpy(np.array(value)) for name, value in made.items()}
+        return {name: torch.from_numpy(np.array(value)) for name, value in made.items()}
 
     def close(self) -> None:
         self._modules.clear()
 
-    def _call(self, key: tuple[bool, bool], frames: Array) -> list[Array]:
+    def _call(self, key: Key, frames: Array, other: Values | None = None) -> list[Array]:
         with self._lock:
-            module, values = self._module(key), self._values
+            module, (values, prompts) = self._module(key), other or self._values
         inputs = [torch.from_numpy(frames)]
-        if self.bundle.manifest.prompts:
-            inputs.append(torch.zeros(0, self.bundle.manifest.prompts))
+        width = self.bundle.manifest.prompts
+        if width:
+            inputs.append(torch.zeros(0, width) if prompts is None else torch.from_numpy(prompts.copy()))
         replaced = {module.places[name]: value for name, value in values.items()}
         with torch.inference_mode():
             made = torch.func.functional_call(module, replaced, tuple(inputs))
         return [made.numpy()] if isinstance(made, torch.Tensor) else [tensor.numpy() for tensor in made]
 
-    def _module(self, key: tuple[bool, bool]) -> GraphModule:
+    def _module(self, key: Key) -> GraphModule:
         if key not in self._modules:
-            cut, taps = key
-            sites = self.bundle.manifest.sites if taps else ()
-            tokens = self._tokens if taps else []
-            extra = [self.bundle.manifest.cut.tensor] if cut else []
-            tensors, side = [site.tensor for site in sites], self.bundle.manifest.tap_side
-            graph = graft_taps(self._model, tensors, tokens=tokens, extra=extra, side=side)
-            self._modules[key] = GraphModule(graph).eval()
+            self._modules[key] = GraphModule(twin(self._model, self.bundle, key)).eval()
         return self._modules[key]

@@ -1,7 +1,7 @@
 """CoTTA: a student learns from a teacher that is its own average, and forgets a little of it at random.
 
 A batch that the source model is not sure of is shown to the teacher in many augmented views, whose logits are
-averaged (Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022). Modes as in `tent`.
+averaged (Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022). Modes as in `learner`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Generator, Tensor
 
 from edge_adapt.methods.augment import Augment, Augmentation
+from edge_adapt.methods.learner import Learned, Learner, LearnerConfig, LearnerState, Lesson
 from edge_adapt.methods.optim import Tensors, leaves, mix
-from edge_adapt.methods.protocol import Context, configured
-from edge_adapt.methods.tent import Learned, Learner, LearnerConfig, LearnerState, Lesson
+from edge_adapt.methods.protocol import GRADIENTS, IMAGES, Context, configured
 
 PUBLISHED_VIEWS, PUBLISHED_MOMENTUM = 32, 0.999
 DEVICE_VIEWS, DEVICE_MOMENTUM = 2, 0.99
@@ -39,6 +39,7 @@ class CoTTA(Learner):
     """Every weight and bias of the tail; on the device, those that the engine can change while it runs."""
 
     name: ClassVar[str] = "cotta"
+    requires: frozenset[str] = frozenset({GRADIENTS, IMAGES})
 
     def __init__(
         self, context: Context, config: CoTTAConfig | None = None, *, augment: Augmentation | None = None

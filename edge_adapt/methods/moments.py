@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.protocol import TAPS, Context, Observation, Step, configured
+from edge_adapt.methods.protocol import SITES, TAPS, Answered, Context, Observation, Step, configured
 
 Array = NDArray[Any]
 
@@ -82,7 +82,9 @@ class Moments:
     """Answers with ports that lag: they are set from frames already seen."""
 
     name: ClassVar[str] = "moments"
+    requires: frozenset[str] = frozenset({SITES})
     needs: frozenset[str] = frozenset({TAPS})
+    watches: frozenset[str] = frozenset()
     answers = False
 
     def __init__(self, context: Context, config: MomentsConfig | None = None) -> None:
@@ -142,6 +144,9 @@ class Moments:
         else:
             state = self._pool(state, means, mean, second)
         return Step(replace(state, delta=self._ports(state)), events=events)
+
+    def watch(self, state: MomentsState, answered: Answered) -> Step[MomentsState]:
+        return Step(state)
 
     def delta(self, state: MomentsState) -> Delta:
         return state.delta

@@ -16,8 +16,13 @@ from edge_adapt.tail import Tail
 Array = NDArray[Any]
 S = TypeVar("S")
 
-TAPS, CUT = "taps", "cut"
+TAPS, CUT, FEATURES = "taps", "cut", "features"
 """What a method may need of a look."""
+LOGITS = "logits"
+"""What a method may want to see of every answer, with or without `features`."""
+SITES, HEAD, GRADIENTS, PROMPTS, IMAGES = "sites", "head", "gradients", "prompts", "images"
+"""What a method may require of a bundle: norm sites; a linear head; something in the tail to learn; prompt inputs;
+frames that are images of one or three channels."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,28 @@ class Observation:
     """Mean and second moment of every site's normalised input, each [N, channels]; source is 0 and 1."""
     trunk: Callable[[Array], Array] | None = None
     """Frames -> tensor at the cut: one more pass through the engine, for augmented views."""
+    features: Array | None = None
+    """[N, D], what the head was given."""
+    cls: Array | None = None
+    """[N, channels of the layer norms], the class token behind each; with the taps of a transformer."""
+    rehearse: Callable[[Array, Delta], Observation] | None = None
+    """Frames, a delta -> what they would give with it: one more pass, and what is in force stays."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What is about to leave the loop for some frames, looked at or not."""
+
+    logits: Array
+    """[N, K]."""
+    features: Array | None = None
+    """[N, D]; None from a method that answers by itself and does not give them."""
+
+    @classmethod
+    def of(cls, seen: Observation) -> Answered:
+        """The engine's answer to frames that were looked at."""
+        assert seen.logits is not None
+        return cls(seen.logits, seen.features)
 
 
 @dataclass(frozen=True)
@@ -45,6 +72,8 @@ class Step(Generic[S]):
     """[N, K], the answer, from a method that answers itself; None: the engine's answer stands."""
     events: tuple[str, ...] = ()
     """What is worth telling: a change of domain, a refused step."""
+    features: Array | None = None
+    """[N, D], what the head was given for `logits`, from a method that answers itself."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +101,12 @@ class Method(Protocol[S]):
     """
 
     name: ClassVar[str]
+    requires: frozenset[str]
+    """Of `sites`, `head`, `gradients`, `prompts` and `images`, what the bundle must have."""
     needs: frozenset[str]
-    """Of `taps` and `cut`, what a look must bring."""
+    """Of `taps`, `cut` and `features`, what a look must bring."""
+    watches: frozenset[str]
+    """Empty, or `logits` with or without `features`: what `watch` is shown of every answer."""
     answers: bool
     """True if `step` returns the answer itself; False if the engine answers with `delta(state)`."""
 
@@ -89,6 +122,13 @@ class Method(Protocol[S]):
         ...
 
     def step(self, state: S, seen: Observation) -> Step[S]: ...
+
+    def watch(self, state: S, answered: Answered) -> Step[S]:
+        """Called with every answer before it leaves, if `watches` is not empty; its logits, if any, are the answer.
+
+        After `step`, where the frames were looked at. On the answer path: no gradients, no pass through the network.
+        """
+        ...
 
     def delta(self, state: S) -> Delta:
         """What the next answers shall be given with. The same object as long as nothing changed."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from edge_adapt.delta import Delta
-from edge_adapt.methods.protocol import Context, Observation, Step
+from edge_adapt.methods.protocol import Answered, Context, Observation, Step
 
 
 class Source:
     """Answers with the weights as exported, and never looks."""
 
     name: ClassVar[str] = "source"
+    requires: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
+    watches: frozenset[str] = frozenset()
     answers = False
 
     def __init__(self, context: Context) -> None:
@@ -25,6 +27,9 @@ class Source:
         return 0
 
     def step(self, state: None, seen: Observation) -> Step[None]:
+        return Step(None)
+
+    def watch(self, state: None, answered: Answered) -> Step[None]:
         return Step(None)
 
     def delta(self, state: None) -> Delta:

@@ -2,67 +2,19 @@
 
 Loss: the mean entropy of the answers, H = -sum_k p_k log p_k, p = softmax(logits); trained are the weight and
 bias of every norm (Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021).
-
-Two modes, which `Learner` gives to CoTTA as well. Cut at the input (reference): every batch is normalised by
-its own statistics, one step per batch, the logits of before the step are the answer: as published. Cut elsewhere
-(device): the engine answers, `Moments` holds the statistics, the tail learns on top from some of the frames.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_adapt.delta import TAIL, Delta
-from edge_adapt.errors import ConfigError
-from edge_adapt.methods.moments import Moments, MomentsState
-from edge_adapt.methods.optim import AdamState, Tensors, adam, all_finite, gradients_of, leaves, mix
-from edge_adapt.methods.protocol import CUT, TAPS, Context, Observation, Step, configured
-
-Array = NDArray[Any]
-
-CHANGE = "domain change"
-"""What `Moments` says when it starts anew."""
-REFERENCE_LR = 1e-3
-SMALL_BATCH = 32
-"""Device: the learning rate of a step on fewer frames is smaller in proportion."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """What both methods have; in reference mode only `lr` and `betas` are used."""
-
-    lr: float | None = None
-    """Of Adam; None: 1e-3 in reference mode, `Learner.device_lr` on the device."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    more: int = 3
-    """Device: in quiet times, so many frames are looked at for each one that `Moments` looks at."""
-    window: int = 32
-    """Device: a step needs so many looked-at frames; fewer are kept until they are enough."""
-    statistics: Literal["ports", "batch"] = "ports"
-    """Device: what the norms use while learning. `ports`: as in the engine. `batch`: those of the window, which
-    bears a larger `lr`, for `Moments` follows what learning moves; wrong if the window is all of one kind."""
-    pull: float = 0.01
-    """Device: after each step, this share of the way back to source, as in ROID (Marsden et al., WACV 2024)."""
-    keep: float = 0.0
-    """Device: at a change of domain, the share of what was learned that stays."""
-    moments: dict[str, Any] = field(default_factory=dict)
-    """Device: settings of the `Moments` inside."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("more", 0), ("window", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name} is {value}, expected {least} or more", remedy="use the default")
-        if self.statistics not in ("ports", "batch"):
-            raise ConfigError(f"statistics is {self.statistics!r}", remedy="known: ports, batch")
+from edge_adapt.methods.learner import Learned, Learner, LearnerConfig, LearnerState, Lesson
+from edge_adapt.methods.optim import Tensors, leaves
+from edge_adapt.methods.protocol import Context, configured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,199 +23,6 @@ class TentConfig(LearnerConfig):
 
     reliable: float = 1.0
     """Device: learn from frames whose entropy is below this share of ln K; 1 takes all, EATA takes 0.4."""
-
-
-@dataclass(frozen=True)
-class LearnerState:
-    """A value: tensors in it are replaced, never written."""
-
-    student: Tensors
-    """Parameter -> value, of what is learned."""
-    teacher: Tensors
-    """What answers; TENT's is the student itself."""
-    adam: AdamState = field(default_factory=AdamState)
-    updates: int = 0
-    """Steps taken; with the context's seed it says every random number of the next one."""
-    frames: Array | None = None
-    """Device: looked-at frames that no step was made on yet."""
-    cut: Array | None = None
-    """Their tensor at the cut."""
-    owed: int = 0
-    """Device: frames still to be looked at for learning alone, before `Moments` looks again."""
-    unfed: int = 0
-    """Device: frames looked at since `Moments` was last given some."""
-    moments: MomentsState | None = None
-    delta: Delta = field(default_factory=Delta.source)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one step learns from."""
-
-    frames: Array
-    cut: Tensor
-    tail: Callable[[Tensor, Tensors], Tensor]
-    """Tensor at the cut, parameters -> logits, under this mode's statistics."""
-    trunk: Callable[[Array], Array]
-    """Frames -> tensor at the cut."""
-
-
-Learned = tuple[LearnerState, Tensor]
-"""The state after a step, and the logits [N, K] of before it."""
-
-
-class Learner:
-    """Everything but the step itself: statistics, when to look, when to step, and what not to believe."""
-
-    device_lr: ClassVar[float] = 1e-3
-    answers: bool
-    needs: frozenset[str]
-
-    def __init__(self, context: Context, settings: LearnerConfig) -> None:
-        self.settings = settings
-        self.seed = context.seed
-        self.reference = self.answers = context.reference
-        self.needs = frozenset({CUT} if self.reference else {CUT, TAPS})
-        default = REFERENCE_LR if self.reference else self.device_lr
-        self.lr = settings.lr if settings.lr is not None else default
-        self.moments = None if self.reference else Moments(replace(context, settings=dict(settings.moments)))
-        self.tail = context.tail()
-        self.source: Tensors = self.trained()
-        if not self.source:
-            raise ConfigError(
-                f"the tail of bundle {context.bundle.manifest.name!r} has nothing to learn",
-                remedy="export it with an earlier cut, or `--cut input` for reference mode",
-            )
-
-    def trained(self) -> Tensors:
-        """Source values of what is learned."""
-        raise NotImplementedError
-
-    def learn(self, state: LearnerState, lesson: Lesson) -> Learned:
-        """One step: another student, teacher and Adam. The same state back means that there was no step."""
-        raise NotImplementedError
-
-    def init(self) -> LearnerState:
-        state = LearnerState(self.source, self.source)
-        if self.moments is None:
-            return state
-        inner = self.moments.init()
-        return replace(state, moments=inner, delta=self.moments.delta(inner))
-
-    def delta(self, state: LearnerState) -> Delta:
-        """Device: the ports, and the teacher once it is not source. Reference: source; the engine is not used."""
-        return state.delta
-
-    def look(self, state: LearnerState, frames: int, passed: int) -> int:
-        """Device: whenever `Moments` would look, and in quiet times `more` frames for each that it looked at.
-
-        `Moments` gets the frames that it asks for and no others, so that it works as it does alone: what it
-        remembers is measured in frames, and it notices a change best from a few before many are answered.
-        """
-        if self.moments is None or state.moments is None:
-            return frames
-        if _feeds(self.moments, state):
-            return self.moments.look(state.moments, frames, passed + state.unfed)
-        return min(frames, state.owed)
-
-    def step(self, state: LearnerState, seen: Observation) -> Step[LearnerState]:
-        if self.moments is None:
-            return self._answer(state, seen)
-        return self._follow(state, seen, self.moments)
-
-    def _answer(self, state: LearnerState, seen: Observation) -> Step[LearnerState]:
-        """Reference: one step on this batch, which it answers."""
-        assert seen.cut is not None
-        tail = self.tail
-        learned, logits = self.learn(
-            state,
-            Lesson(
-                frames=seen.frames,
-                cut=torch.tensor(seen.cut),
-                tail=lambda h, values: tail(h, dict(values), batch=True),
-                trunk=lambda frames: frames,
-            ),
-        )
-        state, events = _accepted(state, learned)
-        return Step(state, logits.numpy(), events)
-
-    def _follow(self, state: LearnerState, seen: Observation, moments: Moments) -> Step[LearnerState]:
-        """Device: give `Moments` what it asked for, keep frames until they are enough, and step on them."""
-        if seen.cut is None or not (np.isfinite(seen.cut).all() and np.isfinite(seen.frames).all()):
-            return Step(state, events=("refused: frames are not finite",))
-        old = state
-        state, events = self._fed(state, seen, moments)
-        if any(event.startswith("refused") for event in events):
-            return Step(state, events=events)
-        assert state.moments is not None
-        assert old.moments is not None
-        ports = moments.delta(state.moments)
-        state = replace(state, frames=_joined(state.frames, seen.frames), cut=_joined(state.cut, seen.cut))
-        state, refusals = self._stepped(state, seen, ports)
-        if state.teacher is not old.teacher or ports is not moments.delta(old.moments):
-            state = replace(state, delta=self._delta(state, ports))
-        return Step(state, events=(*events, *refusals))
-
-    def _fed(
-        self, state: LearnerState, seen: Observation, moments: Moments
-    ) -> tuple[LearnerState, tuple[str, ...]]:
-        """Let `Moments` take its step, if this look was made for it."""
-        assert state.moments is not None
-        count = len(seen.frames)
-        if not _feeds(moments, state):
-            return replace(state, owed=max(0, state.owed - count), unfed=state.unfed + count), ()
-        was_urgent = _urgent(moments, state)
-        inner = moments.step(state.moments, seen)
-        # After the last look of a hurry nothing is owed, so that what is owed is done within the batch of its cause.
-        state = replace(
-            state, moments=inner.state, owed=0 if was_urgent else count * self.settings.more, unfed=0
-        )
-        return self._forgotten(state) if CHANGE in inner.events else state, inner.events
-
-    def _forgotten(self, state: LearnerState) -> LearnerState:
-        """Another domain: frames that were kept and old gradients go, and most or all of what was learned."""
-        keep = self.settings.keep
-        student, teacher = (
-            mix(self.source, values, keep) if keep else self.source
-            for values in (state.student, state.teacher)
-        )
-        return replace(state, student=student, teacher=teacher, adam=AdamState(), frames=None, cut=None)
-
-    def _stepped(
-        self, state: LearnerState, seen: Observation, ports: Delta
-    ) -> tuple[LearnerState, tuple[str, ...]]:
-        """One step on the frames that were kept, once they are enough; it uses them up, whatever comes of it."""
-        if state.frames is None or len(state.frames) < self.settings.window:
-            return state, ()
-        assert seen.trunk is not None
-        tail, batch = self.tail, self.settings.statistics == "batch"
-        lesson = Lesson(
-            frames=state.frames,
-            cut=torch.tensor(state.cut),
-            tail=lambda h, values: tail(h, dict(values), ports=ports, batch=batch),
-            trunk=seen.trunk,
-        )
-        state = replace(state, frames=None, cut=None)
-        learned, _ = self.learn(state, lesson)
-        return _accepted(state, learned)
-
-    def _delta(self, state: LearnerState, ports: Delta) -> Delta:
-        if state.teacher is self.source:
-            return ports
-        return ports | {f"{TAIL}{name}": value.numpy() for name, value in state.teacher.items()}
-
-    def descend(
-        self, state: LearnerState, student: Tensors, loss: Tensor, frames: int
-    ) -> tuple[Tensors, AdamState]:
-        """One step of Adam down `loss`, and on the device a little back to source.
-
-        Device: lr min(1, frames / 32), the rule of SAR for residual networks (Niu et al., ICLR 2023).
-        """
-        lr = self.lr if self.reference else self.lr * min(1.0, frames / SMALL_BATCH)
-        values, moments = adam(
-            student, gradients_of(loss, student), state.adam, lr=lr, betas=self.settings.betas
-        )
-        return values if self.reference else mix(values, self.source, self.settings.pull), moments
 
 
 class Tent(Learner):
@@ -294,27 +53,3 @@ class Tent(Learner):
 def entropy(logits: Tensor) -> Tensor:
     """H of each row, in nats."""
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
-
-
-def _feeds(moments: Moments, state: LearnerState) -> bool:
-    """True if the next look is for `Moments`."""
-    return not state.owed or _urgent(moments, state)
-
-
-def _urgent(moments: Moments, state: LearnerState) -> bool:
-    """True while `Moments` wants every frame: at the start, and after a change of domain."""
-    assert state.moments is not None
-    return moments.look(state.moments, 1, 0) > 0
-
-
-def _accepted(old: LearnerState, new: LearnerState) -> tuple[LearnerState, tuple[str, ...]]:
-    """Never a NaN: a step that is not finite through and through did not happen."""
-    if new is old:
-        return old, ()
-    if not all_finite(new.student, new.teacher, new.adam.first, new.adam.second):
-        return old, ("refused: the step is not finite",)
-    return replace(new, updates=old.updates + 1), ()
-
-
-def _joined(kept: Array | None, new: Array) -> Array:
-    return np.array(new) if kept is None else np.concatenate([kept, new])

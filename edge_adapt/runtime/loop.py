@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_adapt.methods.protocol import CUT, Method, Observation, S
+from edge_adapt.methods.protocol import FEATURES, Answered, Method, S
 from edge_adapt.runtime.predictor import Predictor
 
 Array = NDArray[Any]
@@ -54,30 +54,40 @@ def adapt(
             count = min(method.look(state, left, passed), left)
             if not count:
                 passed += left
-                logits.append(predictor.answer(frames[done:]))
+                answered = predictor.answer(frames[done:], features=FEATURES in method.watches)
+                if method.watches:
+                    answered, state, told = _watched(method, state, answered)
+                    events.extend(told)
+                    predictor.apply(method.delta(state))
+                logits.append(answered.logits)
                 answer_s += clock() - started
                 break
             part = frames[done : done + count]
-            # A method that answers itself at the input needs nothing from the engine.
-            alone = method.answers and predictor.bundle.is_reference and method.needs <= {CUT}
-            seen = (
-                Observation(part, None, part, trunk=predictor.trunk)
-                if alone
-                else predictor.look(part, method.needs)
-            )
-            answered = clock()
+            seen = predictor.look_for(method, part)
+            looked_at = clock()
             step = method.step(state, seen)
-            state = step.state
-            if not alone:
-                predictor.apply(method.delta(state))
+            answered = Answered(step.logits, step.features) if step.logits is not None else Answered.of(seen)
+            state, told = step.state, step.events
             learned = clock()
-            answer = step.logits if step.logits is not None else seen.logits
-            assert answer is not None
-            logits.append(answer)
-            answer_s += answered - started
-            learn_s += learned - answered
-            events.extend(step.events)
+            if method.watches:
+                answered, state, more = _watched(method, state, answered)
+                told += more
+            watched = clock()
+            predictor.apply(method.delta(state))
+            applied = clock()
+            logits.append(answered.logits)
+            answer_s += looked_at - started + watched - learned
+            learn_s += learned - looked_at + applied - watched
+            events.extend(told)
             passed = 0
             done += count
             looked += count
         yield Answer(np.concatenate(logits), answer_s, learn_s, looked, tuple(events))
+
+
+def _watched(method: Method[S], state: S, answered: Answered) -> tuple[Answered, S, tuple[str, ...]]:
+    """Show the method an answer, and let it have the last word on it."""
+    step = method.watch(state, answered)
+    if step.logits is not None:
+        answered = replace(answered, logits=step.logits)
+    return answered, step.state, step.events

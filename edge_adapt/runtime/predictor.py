@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
-from edge_adapt.engines.protocol import Engine
+from edge_adapt.engines.protocol import Engine, Observed
 from edge_adapt.merge import Merger
-from edge_adapt.methods.protocol import CUT, TAPS, Observation
+from edge_adapt.methods.protocol import CUT, FEATURES, TAPS, Answered, Method, Observation
 from edge_adapt.taps import undo
 
 Array = NDArray[Any]
@@ -28,17 +28,46 @@ class Predictor:
         self._merge = Merger(bundle)
         self._in_force = self._affine(self.delta)
 
-    def answer(self, frames: Array) -> Array:
-        """Logits [N, K] with the delta in force."""
+    def answer(self, frames: Array, *, features: bool = False) -> Answered:
+        """Logits [N, K], and features [N, D] if asked for, with the delta in force."""
         self.passes += len(frames)
-        return self._logits(self.engine.run(frames))
+        if not features:
+            return Answered(self._logits(self.engine.run(frames)))
+        seen = self.engine.observe(frames, features=True)
+        return Answered(self._logits(seen.logits), seen.features)
+
+    def look_for(self, method: Method[Any], frames: Array) -> Observation:
+        """Answer, and see what the method asks for. One that answers itself at the input needs no pass for it."""
+        if method.answers and self.bundle.is_reference and method.needs <= {CUT}:
+            return Observation(frames, None, frames, trunk=self.trunk)
+        return self.look(frames, method.needs | method.watches)
 
     def look(self, frames: Array, needs: frozenset[str]) -> Observation:
         """Answer, and see what `needs` asks for."""
         self.passes += len(frames)
-        seen = self.engine.observe(frames, cut=CUT in needs, taps=TAPS in needs)
-        taps = None if seen.taps is None else undo(seen.taps, *self._in_force)
-        return Observation(frames, self._logits(seen.logits), seen.cut, taps, self.trunk)
+        seen = self.engine.observe(frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
+        return self._observation(frames, seen, needs, self._in_force)
+
+    def rehearse(self, frames: Array, delta: Delta, needs: frozenset[str]) -> Observation:
+        """What frames would give with another delta, which is not put in force. Raises: StateError."""
+        self.passes += len(frames)
+        update = self._merge(delta)
+        seen = self.engine.rehearse(update, frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
+        return self._observation(frames, seen, needs, self._affine(delta))
+
+    def _observation(
+        self, frames: Array, seen: Observed, needs: frozenset[str], affine: tuple[Array, Array, Array, Array]
+    ) -> Observation:
+        return Observation(
+            frames,
+            self._logits(seen.logits),
+            seen.cut,
+            None if seen.taps is None else undo(seen.taps, *affine),
+            trunk=self.trunk,
+            features=seen.features,
+            cls=seen.cls,
+            rehearse=lambda others, delta: self.rehearse(others, delta, needs),
+        )
 
     def trunk(self, frames: Array) -> Array:
         """The tensor at the cut, for frames that are not answered."""

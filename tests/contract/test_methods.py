@@ -14,7 +14,7 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.protocol import CUT, TAPS, Context, Observation
+from edge_adapt.methods.protocol import CUT, FEATURES, LOGITS, TAPS, Context, Observation
 from edge_adapt.plugins import METHODS, find, names
 from edge_adapt.runtime.loop import adapt
 from edge_adapt.runtime.predictor import Predictor
@@ -70,10 +70,7 @@ def play(bundle, engine, build):
 
 def look(predictor: Predictor, method, frames) -> Observation:
     """What the loop would show the method."""
-    alone = method.answers and predictor.bundle.is_reference and method.needs <= {CUT}
-    if alone:
-        return Observation(frames, None, frames, trunk=predictor.trunk)
-    return predictor.look(frames, method.needs)
+    return predictor.look_for(method, frames)
 
 
 def shifted(frames) -> np.ndarray:
@@ -111,7 +108,8 @@ def size_of(value: Any) -> int:
 def test_it_says_what_it_is(build, name):
     method = build()
     assert method.name == name
-    assert method.needs <= {TAPS, CUT}
+    assert method.needs <= {TAPS, CUT, FEATURES}
+    assert method.watches <= {LOGITS, FEATURES}
     assert isinstance(method.answers, bool)
     assert isinstance(method.delta(method.init()), Delta)
     assert method.delta(method.init()).same_as(Delta.source())

@@ -16,11 +16,11 @@ from torch import Generator, Tensor, nn
 from edge_adapt.bundle import Bundle, InputSpec
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.methods.cotta import CoTTA, restored
+from edge_adapt.methods.learner import LearnerState
 from edge_adapt.methods.protocol import Context, Observation
-from edge_adapt.methods.tent import LearnerState
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.predictor import Predictor
-from edge_adapt.tail import Tail
+from edge_adapt.tail import Tail, batch_statistics
 from exporters.export import export, from_module
 
 Array = NDArray[Any]
@@ -219,7 +219,7 @@ def test_a_teacher_that_keeps_everything_answers_as_source(reference):
         batch = frames(12, seed)
         step = method.step(state, seen(batch))
         with torch.no_grad():
-            source = method.tail(torch.from_numpy(batch), batch=True).numpy()
+            source = method.tail(torch.from_numpy(batch), norm=batch_statistics).numpy()
         np.testing.assert_allclose(step.logits, source, atol=1e-6)
         state = step.state
     assert not torch.equal(state.student["linear.weight"], method.source["linear.weight"])
@@ -264,7 +264,7 @@ def test_logits_are_averaged_not_probabilities(reference):
     answer = method.step(method.init(), seen(batch)).logits
     views = Rolled()
     with torch.no_grad():
-        each = torch.stack([method.tail(views(torch.from_numpy(batch)), batch=True) for _ in range(3)])
+        each = torch.stack([method.tail(views(torch.from_numpy(batch)), norm=batch_statistics) for _ in range(3)])
     np.testing.assert_allclose(answer, each.mean(0).numpy(), atol=1e-5)
     assert np.abs(answer - each.softmax(2).mean(0).log().numpy()).max() > 0.01
 

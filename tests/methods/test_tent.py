@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from edge_adapt.bundle import Bundle, InputSpec
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.errors import ConfigError
+from edge_adapt.methods.learner import LearnerState
 from edge_adapt.methods.moments import Moments
 from edge_adapt.methods.optim import AdamState, adam
 from edge_adapt.methods.protocol import Context, Observation
-from edge_adapt.methods.tent import LearnerState, Tent, entropy
+from edge_adapt.methods.tent import Tent, entropy
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.tail import Tail
