@@ -18,7 +18,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in o
 
 def replay(
     bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
-    data: Annotated[str, typer.Option(help=".npz archive, image folder, or sklearn:digits")],
+    data: Annotated[str, typer.Option(help=".npz archive, image folder, sklearn:digits, or {har,usps,pacs,kws}:PATH")],
     scenario: Annotated[str, typer.Option(help="continual, reset_each_shift or natural")] = "continual",
     method: Annotated[str, typer.Option(help="one or more, with commas between")] = "source,moments",
     batch_size: Annotated[int, typer.Option(help="frames that arrive together")] = 64,
@@ -103,6 +103,34 @@ def latency(
         typer.echo(f"{name:>20}  {milliseconds:9.3f} ms  {figures['ratios'][name]:6.3f} x bare")
     if json_file is not None:
         write_json(json_file, figures)
+
+
+@bench.command("methods")
+def methods(
+    data_root: Annotated[Path, typer.Option(help="folder that holds the images and the models")],
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("benchmarks/results"),
+    work: Annotated[Path, typer.Option(help="folder for the exported bundles")] = Path("runs/methods"),
+    board: Annotated[str | None, typer.Option(help="some of the boards, with commas between")] = None,
+    again: Annotated[str | None, typer.Option(help="methods whose cells are made anew, with commas between")] = None,
+    short: Annotated[bool, typer.Option("--short", help="a cut of ten minutes")] = False,
+    jobs: Annotated[int, typer.Option(help="cells at a time; more than one disturbs the times")] = 1,
+) -> None:
+    """Every method on every model, in both modes. Stopped, it goes on where it was; table and plot at the end."""
+    from benchmarks import sweep, sweep_report
+
+    boards = sweep.short() if short else sweep.selected(board.split(",") if board else ())
+    with progress_bar() as progress:
+        sweep.sweep(
+            boards,
+            data_root=data_root,
+            out=out,
+            work=work,
+            jobs=jobs,
+            again=again.split(",") if again else (),
+            progress=progress,
+        )
+    sweep_report.write(out)
+    typer.echo(f"table: {out / sweep_report.TABLE}, plot: {out / sweep_report.PLOT}")
 
 
 def publish(results: dict[str, Any], out: Path | None, json_file: Path | None) -> None:

@@ -132,6 +132,10 @@ class Learner:
         """Source values of what is learned."""
         raise NotImplementedError
 
+    def weights(self, values: Tensors) -> Tensors:
+        """What is learned -> parameters of the tail that it replaces; adapters are merged here."""
+        return values
+
     def learn(self, state: LearnerState, lesson: Lesson) -> Learned:
         """One step: another student, teacher and Adam. The same state back means that there was no step."""
         raise NotImplementedError
@@ -180,7 +184,7 @@ class Learner:
                 trunk=lambda frames: frames,
             ),
         )
-        state, events = _accepted(state, learned)
+        state, events = accepted(state, learned)
         return Step(state, logits.numpy(), events)
 
     def _follow(self, state: LearnerState, seen: Observation, moments: Moments) -> Step[LearnerState]:
@@ -198,7 +202,7 @@ class Learner:
         state, refusals = self._stepped(state, seen, ports)
         if state.teacher is not old.teacher or ports is not moments.delta(old.moments):
             state = replace(state, delta=self._delta(state, ports))
-        return Step(state, events=(*events, *refusals))
+        return Step(state, events=(*events, *refusals), again=moments.again(state.moments))
 
     def _fed(
         self, state: LearnerState, seen: Observation, moments: Moments
@@ -241,12 +245,12 @@ class Learner:
         )
         state = replace(state, frames=None, cut=None)
         learned, _ = self.learn(state, lesson)
-        return _accepted(state, learned)
+        return accepted(state, learned)
 
     def _delta(self, state: LearnerState, ports: Delta) -> Delta:
         if state.teacher is self.source:
             return ports
-        return ports | {f"{TAIL}{name}": value.numpy() for name, value in state.teacher.items()}
+        return ports | {f"{TAIL}{name}": value.numpy() for name, value in self.weights(state.teacher).items()}
 
     def descend(
         self, state: LearnerState, student: Tensors, loss: Tensor, frames: int
@@ -273,7 +277,7 @@ def _urgent(moments: Moments, state: LearnerState) -> bool:
     return moments.look(state.moments, 1, 0) > 0
 
 
-def _accepted(old: LearnerState, new: LearnerState) -> tuple[LearnerState, tuple[str, ...]]:
+def accepted(old: LearnerState, new: LearnerState) -> tuple[LearnerState, tuple[str, ...]]:
     """Never a NaN: a step that is not finite through and through did not happen."""
     if new is old:
         return old, ()

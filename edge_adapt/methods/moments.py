@@ -42,6 +42,8 @@ class MomentsConfig:
     dead_zone: float = 0.06
     """A site moves only as far as its channels, on average, differ from source by more than this: the root mean square
     of the shifts, in standard deviations, and of the changes of log-variance, over the square root of 2."""
+    again: int = 128
+    """So many frames after a change of domain are answered again with what was learned from the whole of their batch."""
     window: int = 8
     """Looked-at frames over which a change of domain is noticed."""
     alarm: float = 3.0
@@ -143,7 +145,11 @@ class Moments:
             state = self._restart(state, mean, second, frames)
         else:
             state = self._pool(state, means, mean, second)
-        return Step(replace(state, delta=self._ports(state)), events=events)
+        return Step(replace(state, delta=self._ports(state)), events=events, again=self.again(state))
+
+    def again(self, state: MomentsState) -> bool:
+        """True while the ports still move so much that answers are worth giving again."""
+        return state.seen <= self.config.again
 
     def watch(self, state: MomentsState, answered: Answered) -> Step[MomentsState]:
         return Step(state)

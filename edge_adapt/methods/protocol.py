@@ -1,10 +1,10 @@
-"""What a method is: a small state and a pure step. It imports no engine, no file, no clock, and never sees a label."""
+"""What a method is: a small state and a pure step. No engine, no file, no clock; labels only where they come late."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -64,6 +64,18 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Frames whose labels came, however late: the only labels that a method is ever shown."""
+
+    cut: Array
+    """[N, ...], the tensor at the cut, as it was when the frames were answered."""
+    labels: Array
+    """[N] integers, indices of classes."""
+    task: int = 0
+    """Counts up where whoever labels says that something new begins, such as classes never seen before."""
+
+
+@dataclass(frozen=True)
 class Step(Generic[S]):
     """What a step leaves behind."""
 
@@ -74,6 +86,8 @@ class Step(Generic[S]):
     """What is worth telling: a change of domain, a refused step."""
     features: Array | None = None
     """[N, D], what the head was given for `logits`, from a method that answers itself."""
+    again: bool = False
+    """True if the answers to these frames are worth giving again with what was learned, where they have not left yet."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,25 @@ class Method(Protocol[S]):
 
     def delta(self, state: S) -> Delta:
         """What the next answers shall be given with. The same object as long as nothing changed."""
+        ...
+
+
+@runtime_checkable
+class LearnsFromLabels(Protocol[S]):
+    """What a method has besides, if it can use labels that come late. `isinstance` tells.
+
+    Whoever gets the labels hands them over, between two steps; to the loop nothing changes.
+    """
+
+    def learn_from(self, state: S, labelled: Labelled) -> Step[S]:
+        """One step on frames answered long ago. Like `step`, it leaves the state it is given alone.
+
+        Raises: DataError if a label is no output of the model.
+        """
+        ...
+
+    def predict(self, state: S, cut: Array) -> Array:
+        """Logits [N, K] for the tensor at the cut; may cost several passes through the tail, and changes nothing."""
         ...
 
 

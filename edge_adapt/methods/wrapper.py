@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
+from numpy.typing import NDArray
+
 from edge_adapt.delta import Delta
+from edge_adapt.errors import ConfigError
 from edge_adapt.methods.protocol import Answered, Context, Method, Observation, Step
 
+Array = NDArray[Any]
 T = TypeVar("T")
 
 
@@ -45,7 +49,7 @@ class Wrapper(Generic[T]):
 
     def step(self, state: Wrapped[T], seen: Observation) -> Step[Wrapped[T]]:
         step = self.host.step(state.host, seen)
-        return Step(Wrapped(step.state, state.own), step.logits, step.events, step.features)
+        return replace(step, state=Wrapped(step.state, state.own))
 
     def watch(self, state: Wrapped[T], answered: Answered) -> Step[Wrapped[T]]:
         """The host's last word; a subclass calls `watched_by_host` first and goes on from there."""
@@ -64,3 +68,12 @@ class Wrapper(Generic[T]):
 
     def delta(self, state: Wrapped[T]) -> Delta:
         return self.host.delta(state.host)
+
+    def features_of(self, answered: Answered) -> Array:
+        """[N, D]. Raises: ConfigError if the host answers by itself and does not say what it gave the head."""
+        if answered.features is None:
+            raise ConfigError(
+                f"{self.name} needs features, which {self.host.name} does not give when it answers by itself",
+                remedy="use a bundle that was not cut at its input, or put it around source, moments or norm",
+            )
+        return answered.features

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,56 +38,80 @@ def adapt(
     """Yield one answer per batch of preprocessed frames [N, ...]. No labels, no I/O.
 
     A batch is answered in parts: the frames that the method wants to look at go through the tapped twin and are learned
-    from; the others, and the next batch, are answered with what was learned.
+    from; the others, and the next batch, are answered with what was learned. Parts that a step declares to be `again`
+    are answered once more with what was learned from all of them, since their answers have not left yet.
     """
-    state = method.init()
-    predictor.apply(method.delta(state))
-    passed = 0
+    stream = _Stream(predictor, method, clock)
     for frames in batches:
+        yield stream.batch(frames)
+
+
+class _Stream(Generic[S]):
+    """A method at work: its state between batches, and what it told within one."""
+
+    def __init__(self, predictor: Predictor, method: Method[S], clock: Clock) -> None:
+        self.predictor, self.method, self.clock = predictor, method, clock
+        self.state = method.init()
+        self.passed = 0
+        """Frames answered unseen since the last look."""
+        self.events: list[str] = []
+        self.learn_s = 0.0
+        predictor.apply(method.delta(self.state))
+
+    def batch(self, frames: Array) -> Answer:
+        """Look, learn and answer until every frame has its answer."""
+        started, self.learn_s, self.events = self.clock(), 0.0, []
         logits: list[Array] = []
-        events: list[str] = []
-        answer_s = learn_s = 0.0
-        done = looked = 0
+        held: list[Answered] = []  # answers to frames[settled:done] that may be given again
+        settled = done = looked = 0
         while done < len(frames):
-            started = clock()
             left = len(frames) - done
-            count = min(method.look(state, left, passed), left)
+            count = min(self.method.look(self.state, left, self.passed), left)
             if not count:
-                passed += left
-                answered = predictor.answer(frames[done:], features=FEATURES in method.watches)
-                if method.watches:
-                    answered, state, told = _watched(method, state, answered)
-                    events.extend(told)
-                    predictor.apply(method.delta(state))
-                logits.append(answered.logits)
-                answer_s += clock() - started
                 break
-            part = frames[done : done + count]
-            seen = predictor.look_for(method, part)
-            looked_at = clock()
-            step = method.step(state, seen)
-            answered = Answered(step.logits, step.features) if step.logits is not None else Answered.of(seen)
-            state, told = step.state, step.events
-            learned = clock()
-            if method.watches:
-                answered, state, more = _watched(method, state, answered)
-                told += more
-            watched = clock()
-            predictor.apply(method.delta(state))
-            applied = clock()
-            logits.append(answered.logits)
-            answer_s += looked_at - started + watched - learned
-            learn_s += learned - looked_at + applied - watched
-            events.extend(told)
-            passed = 0
+            answered, again = self._look(frames[done : done + count])
+            held.append(answered)
             done += count
             looked += count
-        yield Answer(np.concatenate(logits), answer_s, learn_s, looked, tuple(events))
+            if not again:
+                # What was held before is settled by a part that is not.
+                logits += self._settle(frames[settled : done - count], held[:-1]) + [self._watched(answered)]
+                held, settled = [], done
+        logits += self._settle(frames[settled:done], held)
+        if done < len(frames):
+            self.passed += len(frames) - done
+            logits.append(self._watched(self._answer(frames[done:])))
+        answer_s = self.clock() - started - self.learn_s
+        return Answer(np.concatenate(logits), answer_s, self.learn_s, looked, tuple(self.events))
 
+    def _look(self, frames: Array) -> tuple[Answered, bool]:
+        """Answer some frames and learn from them; True if they may be answered again."""
+        seen = self.predictor.look_for(self.method, frames)
+        started = self.clock()
+        step = self.method.step(self.state, seen)
+        self.state, self.passed = step.state, 0
+        self.events.extend(step.events)
+        self.predictor.apply(self.method.delta(self.state))
+        self.learn_s += self.clock() - started
+        if step.logits is None:
+            return Answered.of(seen), step.again
+        return Answered(step.logits, step.features), step.again
 
-def _watched(method: Method[S], state: S, answered: Answered) -> tuple[Answered, S, tuple[str, ...]]:
-    """Show the method an answer, and let it have the last word on it."""
-    step = method.watch(state, answered)
-    if step.logits is not None:
-        answered = replace(answered, logits=step.logits)
-    return answered, step.state, step.events
+    def _settle(self, frames: Array, held: list[Answered]) -> list[Array]:
+        """Final answers to frames looked at in several parts: with what was learned from all of them."""
+        if not held:
+            return []
+        return [self._watched(held[0] if len(held) == 1 else self._answer(frames))]
+
+    def _answer(self, frames: Array) -> Answered:
+        return self.predictor.answer(frames, features=FEATURES in self.method.watches)
+
+    def _watched(self, answered: Answered) -> Array:
+        """Show the method an answer, and let it have the last word on it."""
+        if not self.method.watches:
+            return answered.logits
+        step = self.method.watch(self.state, answered)
+        self.state = step.state
+        self.events.extend(step.events)
+        self.predictor.apply(self.method.delta(self.state))
+        return answered.logits if step.logits is None else step.logits

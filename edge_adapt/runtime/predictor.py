@@ -38,9 +38,12 @@ class Predictor:
 
     def look_for(self, method: Method[Any], frames: Array) -> Observation:
         """Answer, and see what the method asks for. One that answers itself at the input needs no pass for it."""
+        needs = method.needs | method.watches
         if method.answers and self.bundle.is_reference and method.needs <= {CUT}:
-            return Observation(frames, None, frames, trunk=self.trunk)
-        return self.look(frames, method.needs | method.watches)
+            return Observation(
+                frames, None, frames, trunk=self.trunk, rehearse=lambda others, delta: self.rehearse(others, delta, needs)
+            )
+        return self.look(frames, needs)
 
     def look(self, frames: Array, needs: frozenset[str]) -> Observation:
         """Answer, and see what `needs` asks for."""
