@@ -1,0 +1,73 @@
+"""Which guards a method gets when nobody says otherwise, and how to say otherwise.
+
+The setting `guards` of a method is True or False for all or none, or a list of names; without it, every method that
+learns on the device gets all of them, and none has any in reference mode, where methods run as published.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_adapt.errors import ConfigError, did_you_mean
+from edge_adapt.guards.finite import Finite
+from edge_adapt.guards.repeated import Repeated
+from edge_adapt.guards.reset import Reset
+from edge_adapt.guards.strange import Strange
+from edge_adapt.guards.watchdog import Watch, Watchdog, taught
+from edge_adapt.methods.protocol import Context, Labelled, LearnsFromLabels, Method, Step
+from edge_adapt.methods.wrapper import Wrapped, Wrapper
+
+GUARDS: dict[str, type[Wrapper[Any]]] = {
+    "watchdog": Watchdog,
+    "reset": Reset,
+    "strange": Strange,
+    "repeated": Repeated,
+    "finite": Finite,
+}
+"""Name -> guard, the innermost first."""
+SETTING = "guards"
+
+
+def guarded(method: Method[Any], context: Context) -> Method[Any]:
+    """The method inside its guards. Raises: ConfigError for a guard that there is not."""
+    for name in wanted(method, context):
+        kind = GUARDS[name]
+        if isinstance(method, LearnsFromLabels):
+            kind = type(kind.__name__, (kind, _TakesLabels), {})
+        method = kind(context, method)
+    return method
+
+
+def wanted(method: Method[Any], context: Context) -> list[str]:
+    """Names of the guards of a method, the innermost first. One that sees nothing needs none."""
+    setting = context.settings.get(SETTING, None if context.reference else True)
+    if not setting:
+        return []
+    if isinstance(setting, (list, tuple)):
+        for name in setting:
+            if name not in GUARDS:
+                raise ConfigError(f"there is no guard {name!r}", remedy=did_you_mean(str(name), GUARDS))
+        return [name for name in GUARDS if name in setting]
+    if setting is not True:
+        raise ConfigError(
+            f"{SETTING} is {setting!r}, expected true, false or a list", remedy=f"known guards: {', '.join(GUARDS)}"
+        )
+    if not method.needs and not method.watches:
+        return []
+    # What a person taught it is no drift, and not to be undone after a while.
+    return [name for name in GUARDS if name != "reset" or not isinstance(method, LearnsFromLabels)]
+
+
+class _TakesLabels:
+    """What a guard has besides, around a method that learns from labels."""
+
+    host: Any
+
+    def learn_from(self, state: Wrapped[Any], labelled: Labelled) -> Step[Wrapped[Any]]:
+        step = self.host.learn_from(state.host, labelled)
+        own = taught(state.own) if isinstance(state.own, Watch) else state.own
+        return Step(Wrapped(step.state, own), step.logits, step.events, step.features)
+
+    def predict(self, state: Wrapped[Any], cut: Any) -> Any:
+        return self.host.predict(state.host, cut)
+

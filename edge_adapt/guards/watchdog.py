@@ -1,0 +1,297 @@
+"""The watchdog: what was learned is tried now and then, and taken back where it does harm.
+
+A trial that is passed keeps the host's state; the last one kept comes back when a trial is failed. What failed then
+rests, twice as long each time, and is in force again only after it passed a trial in the shadow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
+from edge_adapt.guards.trial import AGREE, EACH, Trial
+from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step
+from edge_adapt.methods.wrapper import Wrapped, Wrapper
+from edge_adapt.monitor.collapse import Recent
+
+Array = NDArray[Any]
+Part = Literal["nothing", "learned", "all"]
+
+COLLAPSE, ROLLBACK = "guard: collapse", "guard: rollback"
+LEAP, RETURN = "guard: step too large", "guard: back in force"
+
+PERIOD = 2048
+"""Answered frames from one trial to the next."""
+FIRST, HURRY = 64, 256
+"""The same at the start and after a failure, until the first trial is passed, and then for some trials; and `HURRY`
+whenever the answers are of one class alone."""
+REST, LONGEST = 512, 64_000
+"""Answered frames that what failed is not used, the first time and at most."""
+WARY, PEACE = 5, 12
+"""Trials passed in a row after which there is no hurry, and after which a failure counts as the first."""
+RELIABLE, CERTAIN = 64, 0.4
+"""What was learned is used from so many looked-at frames on, whose entropy is below this share of ln K (EATA's)."""
+REACH, SMALL = 1.0, 0.5
+"""A tensor may move from source by so many times its own size, as root mean square; small ones count as `SMALL`."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Answers to the frames just looked at."""
+
+    frames: int
+    ours: Array | None
+    """[n, K], with what was learned; None: what leaves the loop is that."""
+    plain: Array
+    """[n, K], without."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the watchdog remembers, beside the host's state."""
+
+    good: Any
+    """The host's state that passed the last trial, or its first."""
+    recent: Recent
+    full: Delta
+    """The host's delta."""
+    plain: Delta
+    """Its ports alone: what is in force while what was learned is held back."""
+    rests: Part = "nothing"
+    """What is not in force."""
+    rest: int = 0
+    """Answered frames before it may be tried again."""
+    failures: int = 0
+    passes: int = 0
+    """Trials passed since the last failure."""
+    since: int = 0
+    """Answered frames since the last verdict."""
+    reliable: int = 0
+    """Looked-at frames that the network was sure of, at most `RELIABLE`."""
+    taught: bool = False
+    """True once the host learned from labels: what a person says may contradict source, and is judged no more."""
+    trial: Trial | None = None
+    shown: Shown | None = None
+    """Evidence that waits for the answers to the frames just looked at."""
+
+
+class Watchdog(Wrapper[Watch]):
+    """Collapse monitor, probation with rollback, a limit to what one step may change, and a least number of frames.
+
+    A host that looks at no frame is judged by how it changes the answers, all the time.
+    A host that answers itself in reference mode has no plain network beside it: there only a collapse counts, seen
+    beside the source's own answers.
+    """
+
+    name: ClassVar[str] = "watchdog"
+    adds: ClassVar[frozenset[str]] = frozenset({LOGITS})
+
+    def __init__(self, context: Context, host: Method[Any]) -> None:
+        super().__init__(context, host)
+        self.reference = context.reference and host.answers
+        self.classes = context.bundle.manifest.outputs
+        self.source = Delta.source()
+        self.sees_answers_only = not host.needs
+        self._tail = context.tail
+        stored = context.bundle.source
+        self._moments = (
+            (stored["taps.mean"].astype(np.float64), stored["taps.second"].astype(np.float64))
+            if TAPS in self.needs and "taps.mean" in stored
+            else None
+        )
+        sizes = [site.channels for site in context.bundle.manifest.sites]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
+
+    def init(self) -> Wrapped[Watch]:
+        host = self.host.init()
+        delta = self.host.delta(host)
+        reliable = RELIABLE if self.sees_answers_only else 0
+        return Wrapped(host, Watch(host, Recent.of(self.classes), delta, plain(delta), reliable=reliable))
+
+    def delta(self, state: Wrapped[Watch]) -> Delta:
+        own = state.own
+        if own.rests == "all":
+            return self.source
+        return own.plain if _held_back(own) else self.host.delta(state.host)
+
+    def look(self, state: Wrapped[Watch], frames: int, passed: int) -> int:
+        """While everything rests, none."""
+        return 0 if state.own.rests == "all" else super().look(state, frames, passed)
+
+    def step(self, state: Wrapped[Watch], seen: Observation) -> Step[Wrapped[Watch]]:
+        step = self.host.step(state.host, seen)
+        own = self._counted(state.own, seen)
+        if self._is_due(own) and seen.rehearse is not None:
+            own = self._evidence(own, self.delta(state), seen, step.logits)
+        made, events = self._followed(Wrapped(step.state, own)), step.events
+        changed = made.own.full is not state.own.full
+        if changed and not own.rest and not own.taught and self._leaps(made.own.full):
+            made, event = self._failed(made, "learned", LEAP)
+            events = (*events, event)
+        held_back = _held_back(own) and seen.logits is not None
+        return Step(made, seen.logits if held_back and self.answers else step.logits, events, step.features)
+
+    def watch(self, state: Wrapped[Watch], answered: Answered) -> Step[Wrapped[Watch]]:
+        state, corrected, events = self.watched_by_host(state, answered)
+        final = answered if _held_back(state.own) else corrected
+        own, count = state.own, len(final.logits)
+        own = replace(
+            own,
+            recent=own.recent.after(final.logits.argmax(axis=1)),
+            since=own.since + count,
+            rest=max(0, own.rest - count),
+        )
+        state = self._followed(Wrapped(state.host, own))
+        if own.rests == "all" and not own.rest:
+            state = self._followed(Wrapped(self.host.init(), replace(own, rests="nothing")))
+            events = (*events, RETURN)
+        if self.sees_answers_only and not own.rest:  # no look, no pass: evidence that costs nothing
+            shown = Shown(count, None, answered.logits[:EACH])
+            state = Wrapped(state.host, replace(state.own, trial=own.trial or Trial.empty(), shown=shown))
+        if state.own.shown is not None:
+            state, told = self._heard(state, corrected)
+            events = (*events, *told)
+        return Step(state, final.logits, events)
+
+    def _followed(self, state: Wrapped[Watch]) -> Wrapped[Watch]:
+        """With the host's delta of now, cut back to its ports once for each."""
+        full = self.host.delta(state.host)
+        if full is state.own.full:
+            return state
+        return Wrapped(state.host, replace(state.own, full=full, plain=plain(full)))
+
+    def _counted(self, own: Watch, seen: Observation) -> Watch:
+        """Count the frames that the network is sure of, until there are enough."""
+        if own.reliable >= RELIABLE:
+            return own
+        if seen.logits is None:  # a method as published: it answers from the first frame
+            return replace(own, reliable=RELIABLE)
+        sure = int((_entropy(seen.logits) < CERTAIN * np.log(self.classes)).sum())
+        return replace(own, reliable=min(RELIABLE, own.reliable + sure))
+
+    def _is_due(self, own: Watch) -> bool:
+        """True if the frames of this look are to be evidence."""
+        if own.rest or own.taught:
+            return False
+        if own.trial is not None or (not own.passes and own.since >= FIRST):
+            return True
+        return own.since >= (HURRY if own.passes < WARY or own.recent.is_constant else PERIOD)
+
+    def _evidence(self, own: Watch, in_force: Delta, seen: Observation, logits: Array | None) -> Watch:
+        """What these frames give with what was learned, without it, and with source."""
+        assert seen.rehearse is not None
+        frames, trial = seen.frames[:EACH], own.trial or Trial.empty()
+        ours, taps = None, seen.taps
+        if _held_back(own):
+            assert seen.logits is not None
+            without = seen.logits[:EACH]
+            if own.full.keys() - own.plain.keys():
+                ours = seen.rehearse(frames, own.full).logits
+            elif logits is not None:
+                ours = logits[:EACH]
+        elif seen.logits is not None and own.plain is in_force:
+            without = seen.logits[:EACH]
+        else:
+            rehearsed = seen.rehearse(frames, own.plain)
+            assert rehearsed.logits is not None
+            without, taps = rehearsed.logits, rehearsed.taps
+        if own.plain and self._moments is not None and taps is not None:
+            source = seen.rehearse(frames, self.source).taps
+            assert source is not None
+            trial = trial.with_taps((taps[0][:EACH], taps[1][:EACH]), source)
+        return replace(own, trial=trial, shown=Shown(len(seen.frames), ours, without))
+
+    def _heard(self, state: Wrapped[Watch], corrected: Answered) -> tuple[Wrapped[Watch], tuple[str, ...]]:
+        """Take the answers to the frames of a trial, and judge once there are enough."""
+        shown, trial = state.own.shown, state.own.trial
+        assert shown is not None and trial is not None
+        state = Wrapped(state.host, replace(state.own, shown=None))
+        if len(corrected.logits) != shown.frames:  # an outer guard kept some frames back: which answer is whose?
+            return state, ()
+        ours = corrected.logits[:EACH] if shown.ours is None else shown.ours
+        trial = trial.with_answers(ours, shown.plain)
+        state = Wrapped(state.host, replace(state.own, trial=trial))
+        return self._judged(state, trial) if trial.is_complete else (state, ())
+
+    def _judged(self, state: Wrapped[Watch], trial: Trial) -> tuple[Wrapped[Watch], tuple[str, ...]]:
+        """The verdict."""
+        collapsed = trial.collapsed(self.classes)
+        harmful = collapsed if self.reference else trial.agreement < AGREE
+        strange = self._moments is not None and trial.strange_taps(*self._moments, self._starts)
+        if strange or harmful:
+            part: Part = "all" if strange or self.reference else "learned"
+            state, event = self._failed(state, part, COLLAPSE if collapsed else ROLLBACK)
+            return state, (event,)
+        own = state.own
+        passes = own.passes + 1
+        passed = replace(
+            own,
+            good=state.host,
+            rests="nothing",
+            trial=None,
+            since=0,
+            passes=passes,
+            failures=0 if passes >= PEACE else own.failures,
+        )
+        return Wrapped(state.host, passed), (RETURN,) if own.rests == "learned" else ()
+
+    def _failed(self, state: Wrapped[Watch], part: Part, event: str) -> tuple[Wrapped[Watch], str]:
+        """Take back what was learned, and let it rest; what collapsed starts from source."""
+        own = state.own
+        host = own.good if part == "learned" and event != COLLAPSE else self.host.init()
+        own = replace(
+            own,
+            good=host,
+            rests=part,
+            rest=min(LONGEST, REST * 2 ** min(own.failures, 10)),
+            failures=own.failures + 1,
+            passes=0,
+            since=0,
+            trial=None,
+            shown=None,
+        )
+        return self._followed(Wrapped(host, own)), event
+
+    def _leaps(self, delta: Delta) -> bool:
+        """True if a tensor of the tail is further from source than any sound step brings it."""
+        if not delta.tail:
+            return False
+        source = self._tail().parameters
+        for name, value in delta.tail.items():
+            base = source[name].numpy() if name in source else np.zeros_like(value)
+            if not _size(value - base) <= REACH * max(_size(base), SMALL):
+                return True
+        return False
+
+
+def plain(delta: Delta) -> Delta:
+    """The ports of a delta alone; the same object if it has nothing else."""
+    ports = {name: delta[name] for name in (PORT_SCALE, PORT_SHIFT) if name in delta}
+    return delta if len(ports) == len(delta) else Delta(ports)
+
+
+def taught(own: Watch) -> Watch:
+    """Once the host learned from labels: nothing is held back, or judged, any more."""
+    return replace(own, taught=True, rests="nothing", rest=0, reliable=RELIABLE, trial=None, shown=None)
+
+
+def _held_back(own: Watch) -> bool:
+    """True if what was learned is not in force: it rests, or it was learned from too few frames."""
+    return own.rests != "nothing" or own.reliable < RELIABLE
+
+
+def _size(value: Array) -> float:
+    return float(np.sqrt(np.square(value, dtype=np.float64).mean()))
+
+
+def _entropy(logits: Array) -> Array:
+    """H of each row, in nats."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=1)
+    made: Array = np.log(total) - (weights * shifted).sum(axis=1) / total
+    return made

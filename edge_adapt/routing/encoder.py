@@ -1,0 +1,124 @@
+"""The hyperdimensional encoder: what a frame looks like inside the network, as one long vector of unit-length parts.
+
+After Wilson et al., "Hyperdimensional Feature Fusion for Out-of-Distribution Detection", WACV 2023: pooled vectors of
+several layers are projected by fixed semi-orthogonal matrices and summed; classes are sums of their frames. Otherwise
+than there, each channel's own mean is removed, and each layer has unit length before the sum, so that wide and late
+layers do not drown the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.errors import ConfigError, DataError
+
+Array = NDArray[Any]
+
+WIDTH = 2048
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Moments of every norm site -> one vector of length `width`, the same on every device for the same seed."""
+
+    sizes: tuple[int, ...]
+    """Channels of each layer, in the order of the tap vectors."""
+    mean: Array
+    """[2, channels], source's mean and log standard deviation of each channel."""
+    spread: Array
+    """[2, channels], how much one frame's differ from that in the source domain, as standard deviation."""
+    width: int = WIDTH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if 2 * max(self.sizes, default=0) > self.width:
+            raise ConfigError(
+                f"width is {self.width}, less than twice the {max(self.sizes)} channels of the widest layer",
+                remedy="no fewer dimensions than numbers to project",
+            )
+
+    @classmethod
+    def fitted(cls, taps: tuple[Array, Array], sizes: Sequence[int], *, width: int = WIDTH, seed: int = 0) -> Encoder:
+        """From the taps of source frames: mean and second moment, each [N, channels]."""
+        vectors = _vectors(taps)
+        return cls(tuple(sizes), vectors.mean(axis=0), vectors.std(axis=0) + 1e-6, width, seed)
+
+    def __call__(self, taps: tuple[Array, Array]) -> Array:
+        """Encodings [N, width] of unit length.
+
+        Args:
+            taps: mean and second moment of every site's normalised input, each [N, channels].
+        Raises: DataError if the taps are of another network.
+        """
+        if taps[0].shape[1] != sum(self.sizes):
+            raise DataError(
+                f"taps have {taps[0].shape[1]} channels, the encoder was made for {sum(self.sizes)}",
+                remedy="use taps of the bundle that the encoder was fitted on",
+            )
+        vectors = (_vectors(taps) - self.mean) / self.spread
+        made = np.zeros((len(vectors), self.width), np.float32)
+        start = 0
+        for size, projection in zip(self.sizes, self.projections, strict=True):
+            part = vectors[:, :, start : start + size].reshape(len(vectors), -1).astype(np.float32)
+            # The projection keeps lengths, so that the part may be made one long before it.
+            made += unit(part) @ projection
+            start += size
+        return unit(made)
+
+    @cached_property
+    def projections(self) -> tuple[Array, ...]:
+        """One matrix [2 channels, width] for each layer, with orthonormal rows."""
+        made = []
+        for index, size in enumerate(self.sizes):
+            draws = np.random.default_rng([self.seed, index]).standard_normal((self.width, 2 * size))
+            basis, upper = np.linalg.qr(draws)
+            made.append((basis * np.sign(np.diag(upper))).T.astype(np.float32))
+        return tuple(made)
+
+
+def descriptors(encodings: Array, labels: Array, classes: int) -> Array:
+    """[classes, width] of unit length: the sum of the encodings [N, width] of each class; zero for one without any."""
+    sums = np.zeros((classes, encodings.shape[1]), np.float64)
+    np.add.at(sums, labels, encodings)
+    return unit(sums).astype(np.float32)
+
+
+def domain_descriptor(encodings: Array) -> Array:
+    """[width] of unit length: what the frames of a domain have in common, away from source.
+
+    Source itself has none, for its mean is what the encoder takes off: it shows in a low cosine with every other.
+    """
+    made: Array = unit(encodings.mean(axis=0, keepdims=True))[0]
+    return made
+
+
+def familiarity(encodings: Array, known: Array) -> Array:
+    """[N], the largest cosine of each encoding [N, width] with a descriptor [classes, width]."""
+    made: Array = (encodings @ known.T).max(axis=1)
+    return made
+
+
+def ood_score(encodings: Array, known: Array) -> Array:
+    """[N], larger is stranger, 0 to 2: one less the familiarity."""
+    made: Array = 1 - familiarity(encodings, known)
+    return made
+
+
+def unit(rows: Array) -> Array:
+    """Each row [N, D] with length 1; a row of zeros stays."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    made: Array = rows / np.maximum(length, 1e-12)
+    return made
+
+
+def _vectors(taps: tuple[Array, Array]) -> Array:
+    """[N, 2, channels], mean and log standard deviation of every channel."""
+    mean, second = taps
+    deviation = np.sqrt(np.maximum(second - np.square(mean), 1e-6))
+    return np.stack([mean, np.log(deviation)], axis=1)
