@@ -39,6 +39,9 @@ class NormCall:
 Norm = Callable[[NormCall], Tensor]
 """How a batch norm normalises, in place of its stored statistics."""
 
+Ports = tuple[Tensor, Tensor]
+"""Scale and shift of all sites, each [channels]."""
+
 Hook = Callable[[Tensor, Tensor], Tensor]
 """Input and output of a layer -> what the rest of the network is given instead of the output."""
 
@@ -100,7 +103,7 @@ class Tail:
         h: Tensor,
         parameters: Mapping[str, Tensor] | None = None,
         *,
-        ports: Delta | None = None,
+        ports: Delta | Ports | None = None,
         norm: Norm | None = None,
         hooks: Mapping[str, Hook] | None = None,
     ) -> Tensor:
@@ -112,7 +115,7 @@ class Tail:
         h: Tensor,
         parameters: Mapping[str, Tensor] | None = None,
         *,
-        ports: Delta | None = None,
+        ports: Delta | Ports | None = None,
         norm: Norm | None = None,
         hooks: Mapping[str, Hook] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -120,16 +123,16 @@ class Tail:
 
         Args:
             parameters: values that replace source weights, by name; gradients reach them.
-            ports: port values of the sites in the tail, from a delta; None for identity.
+            ports: port values of all sites, from a delta or as scale and shift [channels]; None for identity.
             norm: how batch norms normalise, such as by the statistics of this batch; None for stored statistics.
             hooks: layer -> what to do with its output, for adapters that are no change of its weight.
         """
         replaced: dict[str, Tensor] = dict(parameters or {})
-        if ports:
+        if ports is not None:
             replaced |= self._ported(ports, replaced)
-        program = self._program if norm is None and not hooks else self._open
-        if program is self._open:
-            self._norm, self._hooks = norm or _stored, hooks or {}
+        program = self._program
+        if norm is not None or hooks:
+            program, self._norm, self._hooks = self._open, norm or _stored, hooks or {}
         logits, features = torch.func.functional_call(program, replaced, (h,))
         if self.bundle.manifest.output == "probabilities":
             logits = logits.clamp_min(1e-12).log()
@@ -140,15 +143,16 @@ class Tail:
         values = {name: torch.from_numpy(value.copy()) for name, value in delta.tail.items()}
         return self(h, values, ports=delta)
 
-    def _ported(self, ports: Delta, replaced: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _ported(self, ports: Delta | Ports, replaced: dict[str, Tensor]) -> dict[str, Tensor]:
         """Ports of the tail's sites, as statistics of a batch norm, or folded into the affine of a layer norm."""
-        if PORT_SCALE not in ports:
-            return {}
+        if isinstance(ports, Delta):
+            if PORT_SCALE not in ports:
+                return {}
+            ports = torch.tensor(ports[PORT_SCALE]), torch.tensor(ports[PORT_SHIFT])
         made: dict[str, Tensor] = {}
         for site in self.norms:
             place = self.bundle.slices[site]
-            scale = torch.from_numpy(ports[PORT_SCALE][place].copy())
-            shift = torch.from_numpy(ports[PORT_SHIFT][place].copy())
+            scale, shift = ports[0][place], ports[1][place]
             if site in self._statistics:
                 mean, std = self._statistics[site]
                 made[f"{site}.running_mean"] = mean - shift * std / scale
@@ -259,7 +263,7 @@ def _layer(node: fx.Node) -> TailLayer | None:
     name = str(weight.target).rpartition(".")[0]
     if kind != "conv":
         return TailLayer(name, kind)
-    facts: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :]]
+    facts: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[max(0, len(node.args) - 3) :]]
     return TailLayer(name, kind, int(facts[3]), tuple(facts[0]), tuple(facts[1]))
 
 
