@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError
+from edge_adapt.guards.default import SETTING, guarded
 from edge_adapt.methods.protocol import GRADIENTS, HEAD, IMAGES, PROMPTS, SITES, Context, Method
 from edge_adapt.plugins import METHODS, WRAPPERS, find, names
 
@@ -20,13 +21,13 @@ LACKS = {
 
 
 def build(name: str, context: Context) -> Method[Any]:
-    """A method by its name, with wrappers behind plus signs, the innermost first.
+    """A method by its name, with wrappers behind plus signs, the innermost first, and its guards around all.
 
-    Settings of `context` go to the method; those of a wrapper stand under its name.
+    Settings of `context` go to the method; those of a wrapper stand under its name, and `guards` says which guards.
     Raises: ConfigError if there is no such method, or if the bundle cannot serve it: then it says which one would fit.
     """
     host, *wrappers = name.split("+")
-    settings = {key: value for key, value in context.settings.items() if key not in wrappers}
+    settings = {key: value for key, value in context.settings.items() if key not in (*wrappers, SETTING)}
     build_host = find(METHODS, host)
     check(host, build_host.requires, context.bundle)
     method: Method[Any] = build_host(replace(context, settings=settings))
@@ -34,7 +35,7 @@ def build(name: str, context: Context) -> Method[Any]:
         build_wrapper = find(WRAPPERS, wrapper)
         check(wrapper, build_wrapper.demands, context.bundle)
         method = build_wrapper(replace(context, settings=context.settings.get(wrapper, {})), method)
-    return method
+    return guarded(method, context)
 
 
 def check(name: str, requires: frozenset[str], bundle: Bundle) -> None:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from edge_adapt.methods.augment import Augment, Augmentation
 from edge_adapt.methods.learner import Learned, Learner, LearnerConfig, LearnerState, Lesson
-from edge_adapt.methods.optim import Tensors, leaves, mix
+from edge_adapt.methods.optim import Tensors, mix
 from edge_adapt.methods.protocol import GRADIENTS, IMAGES, Context, configured
 
 PUBLISHED_VIEWS, PUBLISHED_MOMENTUM = 32, 0.999
@@ -71,14 +71,11 @@ class CoTTA(Learner):
     def learn(self, state: LearnerState, lesson: Lesson) -> Learned:
         """Steps (1) to (7) of the paper's algorithm; the answer is the teacher's, of before step (6)."""
         generator = Generator().manual_seed((self.seed * 1_000_003 + state.updates) % 2**63)
-        student = leaves(state.student)
-        logits = lesson.tail(lesson.cut, student)  # (1)
         with torch.no_grad():
             confidence = lesson.tail(lesson.cut, self.source).softmax(1).amax(1).mean()  # (2)
             unsure = self.views > 0 and not confidence >= self.config.confident
             target = (self._averaged if unsure else self._plain)(state.teacher, lesson, generator)  # (3)
-        loss = -(target.softmax(1) * logits.log_softmax(1)).sum(1).mean()  # (4)
-        values, moments = self.descend(state, student, loss, len(logits))  # (5)
+        _, values, moments = self.advance(state, lesson, against_teacher, {"target": target})  # (1), (4), (5)
         teacher = mix(state.teacher, values, 1 - self.momentum)  # (6)
         values = restored(values, self.source, self.config.restore, generator)  # (7)
         return replace(state, student=values, teacher=teacher, adam=moments), target
@@ -97,6 +94,11 @@ class CoTTA(Learner):
             view = self.augment(frames, generator)
             views.append(lesson.tail(torch.tensor(lesson.trunk(view.numpy())), teacher))
         return torch.stack(views).mean(0)
+
+
+def against_teacher(logits: Tensor, given: Tensors) -> Tensor:
+    """Mean cross-entropy of the student against the teacher's probabilities."""
+    return -(given["target"].softmax(1) * logits.log_softmax(1)).sum(1).mean()
 
 
 def restored(values: Tensors, source: Tensors, share: float, generator: Generator) -> Tensors:

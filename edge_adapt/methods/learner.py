@@ -7,6 +7,7 @@ the statistics, the tail learns on top from some of the frames.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_adapt.delta import TAIL, Delta
-from edge_adapt.errors import ConfigError
+from edge_adapt.errors import ConfigError, EngineError
+from edge_adapt.methods.graph_step import GraphStep, Loss
 from edge_adapt.methods.moments import Moments, MomentsState
-from edge_adapt.methods.optim import AdamState, Tensors, adam, all_finite, gradients_of, mix
+from edge_adapt.methods.optim import AdamState, Tensors, adam, all_finite, gradients_of, leaves, mix
 from edge_adapt.methods.protocol import CUT, GRADIENTS, TAPS, Answered, Context, Observation, Step
 from edge_adapt.tail import batch_statistics
 
 Array = NDArray[Any]
+log = logging.getLogger(__name__)
 
 CHANGE = "domain change"
 """What `Moments` says when it starts anew."""
@@ -50,6 +53,8 @@ class LearnerConfig:
     """Device: after each step, this share of the way back to source, as in ROID (Marsden et al., WACV 2024)."""
     keep: float = 0.0
     """Device: at a change of domain, the share of what was learned that stays."""
+    learner: Literal["eager", "graph"] = "eager"
+    """Device: `graph` runs the step as one compiled graph, where the method's step can be; see `graph_step`."""
     moments: dict[str, Any] = field(default_factory=dict)
     """Device: settings of the `Moments` inside."""
 
@@ -60,6 +65,8 @@ class LearnerConfig:
                 raise ConfigError(f"{name} is {value}, expected {least} or more", remedy="use the default")
         if self.statistics not in ("ports", "batch"):
             raise ConfigError(f"statistics is {self.statistics!r}", remedy="known: ports, batch")
+        if self.learner not in ("eager", "graph"):
+            raise ConfigError(f"learner is {self.learner!r}", remedy="known: eager, graph")
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ class Lesson:
     """Tensor at the cut, parameters -> logits, under this mode's statistics."""
     trunk: Callable[[Array], Array]
     """Frames -> tensor at the cut."""
+    ports: Delta = field(default_factory=Delta.source)
+    """Device: what the norms use."""
 
 
 Learned = tuple[LearnerState, Tensor]
@@ -120,6 +129,8 @@ class Learner:
         default = REFERENCE_LR if self.reference else self.device_lr
         self.lr = settings.lr if settings.lr is not None else default
         self.moments = None if self.reference else Moments(replace(context, settings=dict(settings.moments)))
+        self._graph: GraphStep | str | None = None
+        """The compiled step, or why there is none."""
         self.tail = context.tail()
         self.source: Tensors = self.trained()
         if not self.source:
@@ -127,6 +138,11 @@ class Learner:
                 f"the tail of bundle {context.bundle.manifest.name!r} has nothing to learn",
                 remedy="export it with an earlier cut, or `--cut input` for reference mode",
             )
+
+    @property
+    def fallback(self) -> str | None:
+        """Why `learner: graph` runs eagerly all the same; None if it does not."""
+        return self._graph if isinstance(self._graph, str) else None
 
     def trained(self) -> Tensors:
         """Source values of what is learned."""
@@ -202,6 +218,7 @@ class Learner:
         state, refusals = self._stepped(state, seen, ports)
         if state.teacher is not old.teacher or ports is not moments.delta(old.moments):
             state = replace(state, delta=self._delta(state, ports))
+        assert state.moments is not None
         return Step(state, events=(*events, *refusals), again=moments.again(state.moments))
 
     def _fed(
@@ -236,12 +253,14 @@ class Learner:
         if state.frames is None or len(state.frames) < self.settings.window:
             return state, ()
         assert seen.trunk is not None
+        assert state.cut is not None
         tail, norm = self.tail, batch_statistics if self.settings.statistics == "batch" else None
         lesson = Lesson(
-            frames=state.frames,
-            cut=torch.tensor(state.cut),
+            frames=state.frames[-self.settings.window :],
+            cut=torch.tensor(state.cut[-self.settings.window :]),
             tail=lambda h, values: tail(h, dict(values), ports=ports, norm=norm),
             trunk=seen.trunk,
+            ports=ports,
         )
         state = replace(state, frames=None, cut=None)
         learned, _ = self.learn(state, lesson)
@@ -252,16 +271,54 @@ class Learner:
             return ports
         return ports | {f"{TAIL}{name}": value.numpy() for name, value in self.weights(state.teacher).items()}
 
+    def advance(
+        self, state: LearnerState, lesson: Lesson, loss: Loss, given: Tensors
+    ) -> tuple[Tensor, Tensors, AdamState]:
+        """One step down `loss(logits, given)`: the logits of before it, values and Adam after it.
+
+        Args:
+            loss: of tensors alone, without branches on their values, so that it can be compiled.
+            given: what else the loss depends on.
+        """
+        frames = len(lesson.cut)
+        if self.settings.learner == "graph" and not self.reference:
+            made = self._compiled_step(state, lesson, loss, given, self._rate(frames))
+            if made is not None:
+                return made
+        student = leaves(state.student)
+        logits = lesson.tail(lesson.cut, student)
+        return logits.detach(), *self.descend(state, student, loss(logits, given), frames)
+
+    def _compiled_step(
+        self, state: LearnerState, lesson: Lesson, loss: Loss, given: Tensors, lr: float
+    ) -> tuple[Tensor, Tensors, AdamState] | None:
+        """The step as a graph; None, with the reason in the log, if it cannot be one."""
+        if self._graph is None:
+            norm = batch_statistics if self.settings.statistics == "batch" else None
+            key = f"{type(self).__name__} {self.settings}"
+            self._graph = GraphStep(self.tail, state.student, loss, betas=self.settings.betas, norm=norm, key=key)
+        if isinstance(self._graph, str):
+            return None
+        try:
+            logits, values, adam_state = self._graph(
+                lesson.cut, lesson.ports, state.student, state.adam, lr=lr, given=given
+            )
+        except EngineError as error:
+            log.warning("learner: graph falls back to eager: %s", error.what)
+            self._graph = error.what
+            return None
+        return logits, mix(values, self.source, self.settings.pull), adam_state
+
+    def _rate(self, frames: int) -> float:
+        """Device: lr min(1, frames / 32), the rule of SAR for residual networks (Niu et al., ICLR 2023)."""
+        return self.lr if self.reference else self.lr * min(1.0, frames / SMALL_BATCH)
+
     def descend(
         self, state: LearnerState, student: Tensors, loss: Tensor, frames: int
     ) -> tuple[Tensors, AdamState]:
-        """One step of Adam down `loss`, and on the device a little back to source.
-
-        Device: lr min(1, frames / 32), the rule of SAR for residual networks (Niu et al., ICLR 2023).
-        """
-        lr = self.lr if self.reference else self.lr * min(1.0, frames / SMALL_BATCH)
+        """One step of Adam down `loss`, and on the device a little back to source."""
         values, moments = adam(
-            student, gradients_of(loss, student), state.adam, lr=lr, betas=self.settings.betas
+            student, gradients_of(loss, student), state.adam, lr=self._rate(frames), betas=self.settings.betas
         )
         return values if self.reference else mix(values, self.source, self.settings.pull), moments
 

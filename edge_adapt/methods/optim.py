@@ -1,4 +1,4 @@
-"""Adam as a function: dicts of tensors in, dicts of tensors out, so that a method's state stays a value."""
+"""Optimisers as functions: dicts of tensors in, dicts of tensors out, so that a method's state stays a value."""
 
 from __future__ import annotations
 
@@ -49,6 +49,23 @@ def adam(
             width = (second[name] / correct_second).sqrt() + eps
             moved[name] = value.detach() - lr / correct_first * first[name] / width
     return moved, AdamState(first, second, steps)
+
+
+def sgd(
+    values: Tensors, gradients: Tensors, state: AdamState, *, lr: float, momentum: float = 0.9
+) -> tuple[dict[str, Tensor], AdamState]:
+    """One step of gradient descent with heavy-ball momentum, no Nesterov, no weight decay.
+
+    v <- momentum v + g; value <- value - lr v. `first` of the state is v; `second` stays empty.
+    """
+    moved: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, value in values.items():
+            gradient = gradients[name]
+            first[name] = momentum * state.first.get(name, torch.zeros_like(gradient)) + gradient
+            moved[name] = value.detach() - lr * first[name]
+    return moved, AdamState(first, {}, state.steps + 1)
 
 
 def gradients_of(loss: Tensor, values: Tensors) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from edge_adapt.methods.learner import Learned, Learner, LearnerConfig, LearnerState, Lesson
-from edge_adapt.methods.optim import Tensors, leaves
+from edge_adapt.methods.optim import Tensors
 from edge_adapt.methods.protocol import Context, configured
 
 
@@ -39,15 +39,16 @@ class Tent(Learner):
         return self.tail.norm_parameters
 
     def learn(self, state: LearnerState, lesson: Lesson) -> Learned:
-        student = leaves(state.student)
-        logits = lesson.tail(lesson.cut, student)
+        logits, values, moments = self.advance(state, lesson, self._loss, {})
+        return replace(state, student=values, teacher=values, adam=moments), logits
+
+    def _loss(self, logits: Tensor, given: Tensors) -> Tensor:
+        """Mean entropy; on the device of reliable frames alone, 0 if there are none."""
         entropies = entropy(logits)
-        if not self.reference and self.config.reliable < 1:
-            entropies = entropies[entropies.detach() < self.config.reliable * math.log(logits.shape[1])]
-        if not len(entropies):
-            return state, logits.detach()
-        values, moments = self.descend(state, student, entropies.mean(), len(entropies))
-        return replace(state, student=values, teacher=values, adam=moments), logits.detach()
+        if self.reference or self.config.reliable >= 1:
+            return entropies.mean()
+        kept = (entropies < self.config.reliable * math.log(logits.shape[1])).to(entropies.dtype).detach()
+        return (kept * entropies).sum() / kept.sum().clamp_min(1)
 
 
 def entropy(logits: Tensor) -> Tensor:
