@@ -19,7 +19,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in o
 def replay(
     bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
     data: Annotated[str, typer.Option(help=".npz archive, image folder, sklearn:digits, or {har,usps,pacs,kws}:PATH")],
-    scenario: Annotated[str, typer.Option(help="continual, reset_each_shift or natural")] = "continual",
+    scenario: Annotated[str, typer.Option(help="continual, natural, bursts, long_tailed_100_forward, ...")] = "continual",
     method: Annotated[str, typer.Option(help="one or more, with commas between")] = "source,moments",
     batch_size: Annotated[int, typer.Option(help="frames that arrive together")] = 64,
     limit: Annotated[int | None, typer.Option(help="frames of each shift")] = None,
@@ -105,6 +105,27 @@ def latency(
         write_json(json_file, figures)
 
 
+@bench.command("learner")
+def learner(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    method: Annotated[str, typer.Option(help="a method whose step can be compiled")] = "tent",
+    batch_size: Annotated[int, typer.Option(help="frames of one step")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the figures")] = None,
+) -> None:
+    """What a learning step takes, eager and as one graph."""
+    from benchmarks.learner import learner as run
+    from edge_adapt.bundle import Bundle
+    from edge_adapt.threads import one_thread
+
+    one_thread()
+    figures = run(Bundle.load(bundle), method=method, batch_size=batch_size)
+    for name, milliseconds in figures["median_ms"].items():
+        typer.echo(f"{name:>6}  {milliseconds:8.3f} ms")
+    typer.echo(f"graph is {figures['ratio']:.2f} x as fast, values differ by {figures['difference']:.1e} at most")
+    if json_file is not None:
+        write_json(json_file, figures)
+
+
 @bench.command("methods")
 def methods(
     data_root: Annotated[Path, typer.Option(help="folder that holds the images and the models")],
@@ -131,6 +152,113 @@ def methods(
         )
     sweep_report.write(out)
     typer.echo(f"table: {out / sweep_report.TABLE}, plot: {out / sweep_report.PLOT}")
+
+
+@bench.command("classes")
+def classes(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle, not cut at its input")],
+    train: Annotated[Path, typer.Option(help=".npz archive whose labels come late")],
+    test: Annotated[Path, typer.Option(help=".npz archive that is scored")],
+    method: Annotated[str | None, typer.Option(help="rows, with semicolons between; None: all")] = None,
+    tasks: Annotated[int, typer.Option(help="in how many parts the classes come")] = 5,
+    frames: Annotated[int, typer.Option(help="labelled frames of each class")] = 1000,
+    score: Annotated[int, typer.Option(help="scored frames of each class")] = 100,
+    late: Annotated[int, typer.Option(help="batches answered before the labels of one come")] = 4,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the figures")] = None,
+) -> None:
+    """Classes that come one task after the other: fine-tuning an adapter against LAE and MOS."""
+    from benchmarks.class_incremental import METHODS, Classes, table
+    from benchmarks.class_incremental import class_incremental as run
+    from edge_adapt.bundle import Bundle
+    from edge_adapt.streams.data import load_data
+    from edge_adapt.threads import one_thread
+
+    one_thread()
+    rows = tuple(name.strip() for name in method.split(";")) if method else tuple(METHODS)
+    plan = Classes(methods=rows, tasks=tasks, train=frames, test=score, late=late, seed=seed)
+    loaded = Bundle.load(bundle)
+    with progress_bar() as progress:
+        results = run(
+            loaded,
+            load_data(train, loaded.manifest.classes),
+            load_data(test, loaded.manifest.classes),
+            plan,
+            progress=progress,
+        )
+    typer.echo(table(results))
+    if json_file is not None:
+        write_json(json_file, results)
+
+
+@bench.command("forecast")
+def forecast(
+    data: Annotated[list[Path], typer.Option(help="METR-LA or ETT series as .npz; may be given more than once")],
+    lr: Annotated[float | None, typer.Option(help="of the corrector; None: as published")] = None,
+    limit: Annotated[int | None, typer.Option(help="forecasts of each stream")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the figures")] = None,
+) -> None:
+    """A frozen forecaster against the same one corrected by ADCSD, on the weeks after those it was trained on."""
+    from benchmarks.forecast import Forecast, load_series
+    from benchmarks.forecast import forecast as run
+    from edge_adapt.methods.adcsd import ADCSDConfig
+    from edge_adapt.threads import one_thread
+
+    one_thread()
+    plan = Forecast(seed=seed, limit=limit, adcsd=ADCSDConfig() if lr is None else ADCSDConfig(lr=lr))
+    results = []
+    for path in data:
+        with progress_bar() as progress:
+            results.append(run(load_series(path), plan, progress=progress))
+    typer.echo(f"{'data':>20}  {'method':>8}  {'MAE':>9}  {'RMSE':>9}  {'ms':>7}")
+    for result in results:
+        for row in result["rows"]:
+            figures = f"{row['mae']:9.3f}  {row['rmse']:9.3f}  {row['ms']:7.3f}"
+            typer.echo(f"{result['data']:>20}  {row['method']:>8}  {figures}")
+    if json_file is not None:
+        write_json(json_file, {"series": results})
+
+
+@bench.command("endurance")
+def endurance(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    data: Annotated[str, typer.Option(help="labelled frames, as for replay")],
+    method: Annotated[str, typer.Option(help="one or more, with commas between")] = "moments,tent,cotta",
+    frames: Annotated[int, typer.Option(help="length of the stream")] = 200_000,
+    batch_size: Annotated[int, typer.Option(help="frames that arrive together")] = 50,
+    limit: Annotated[int, typer.Option(help="frames of each shift in one round")] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+    guards: Annotated[bool | None, typer.Option("--guards/--no-guards", help="instead of the default")] = None,
+    threads: Annotated[int, typer.Option()] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the figures")] = None,
+) -> None:
+    """Repeat a corrupted stream for long: no method may end worse than source, and no state may grow."""
+    from benchmarks.endurance import Endurance, print_endurance
+    from benchmarks.endurance import endurance as run
+    from edge_adapt.bundle import Bundle
+    from edge_adapt.streams.data import load_data
+    from edge_adapt.threads import one_thread
+
+    one_thread()
+    names = tuple(name.strip() for name in method.split(",") if name.strip())
+    plan = Endurance(
+        methods=names,
+        frames=frames,
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+        threads=threads,
+        settings={} if guards is None else {name: {"guards": guards} for name in names},
+    )
+    loaded = Bundle.load(bundle)
+    with progress_bar() as progress:
+        results = run(loaded, load_data(data, loaded.manifest.classes), plan, progress=progress)
+    print_endurance(results)
+    if json_file is not None:
+        write_json(json_file, results)
+    if not all(all(row["held"].values()) for row in results["rows"]):
+        raise typer.Exit(1)
 
 
 def publish(results: dict[str, Any], out: Path | None, json_file: Path | None) -> None:

@@ -132,14 +132,15 @@ def replay(
 
 def check_labels(bundle: Bundle, data: Dataset) -> None:
     """Raises: DataError if a label is no output of the model."""
-    if data.labels is None or not len(data.labels):
-        return
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= bundle.manifest.outputs:
-        raise DataError(
-            f"{data.name}: labels go from {low} to {high}, the model has {bundle.manifest.outputs} outputs",
-            remedy="use the data that belongs to this bundle",
-        )
+    for labels in (data.labels, *data.shift_labels.values()):
+        if labels is None or not len(labels):
+            continue
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= bundle.manifest.outputs:
+            raise DataError(
+                f"{data.name}: labels go from {low} to {high}, the model has {bundle.manifest.outputs} outputs",
+                remedy="use the data that belongs to this bundle",
+            )
 
 
 def _run(
@@ -202,6 +203,8 @@ class _Score:
         errors: dict[str, float] = {}
         start = 0
         for shift in self.shifts if len(wrong) else ():
+            if shift.labels is None:
+                continue
             errors[shift.name] = round(float(wrong[start : start + len(shift.images)].mean()) * 100, 3)
             start += len(shift.images)
         window = max(32, -(-self.total // WINDOWS))

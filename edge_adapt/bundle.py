@@ -100,6 +100,28 @@ class Parity(_Part):
     tail: float
 
 
+class WarmUp(_Part):
+    """How the source model was made ready for shifts at export."""
+
+    family: str
+    """Of augmentations."""
+    operations: tuple[str, ...]
+    """All that the family does to an image, besides mirroring, cropping and mixing."""
+    data: str
+    """Name and hash of the images and labels."""
+    images: int
+    """Trained on."""
+    held_out: int
+    """Measured with."""
+    settings: dict[str, float]
+    """Epochs, seed and all others."""
+    trained: tuple[str, ...]
+    clean_error: tuple[float, float]
+    """Before and after, in % of the images held out, by stored statistics."""
+    augmented_error: tuple[float, float]
+    """The same of those images augmented, by the statistics of each batch."""
+
+
 class Manifest(_Part):
     """manifest.json. Unknown keys are refused; a newer schema is refused before anything else is read."""
 
@@ -123,6 +145,7 @@ class Manifest(_Part):
     precision: Literal["fp32"] = "fp32"
     calibration_samples: int = 0
     parity: Parity
+    warm_up: WarmUp | None = None
     provenance: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str]
     """File -> sha256."""

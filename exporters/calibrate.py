@@ -16,6 +16,8 @@ Array = NDArray[Any]
 Progress = Callable[[int], None]
 
 BATCH = 50
+ENOUGH = 8
+"""Frames of every class that its mean feature is worth keeping from."""
 
 
 def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: Progress) -> dict[str, Array]:
@@ -29,12 +31,16 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         taps.frame_std [channels]: how much one frame's own mean varies over frames.
         prior [classes]: mean softmax output.
         cls.mean, cls.std [channels of the layer norms]: of the class token behind each, for a transformer (FOA).
+        features.mean, features.std [D]: of what the linear head is given, for a network that ends in one (FOA).
+        class.mean [classes, D], class.std [D]: of the features of each predicted class, and about these means; where
+        there are more than twice as many features as classes, and frames of every class (label_shift).
     """
     frames = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     sums: dict[str, Array] = {}
     count = 0
+    has_head = bundle.manifest.head is not None
     for batch in frames:
-        seen = engine.observe(batch, cut=False, taps=True)
+        seen = engine.observe(batch, cut=False, taps=True, features=has_head)
         assert seen.taps is not None
         mean, second = normalised(bundle, seen.taps)
         shifted = seen.logits - seen.logits.max(axis=1, keepdims=True)
@@ -43,7 +49,9 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
             "mean": mean,
             "second": second,
             "mean_square": np.square(mean),
-            **({} if seen.cls is None else {"cls": seen.cls, "cls_square": np.square(seen.cls)}),
+            **({} if seen.cls is None else _with_squares("cls", seen.cls)),
+            **({} if seen.features is None else _with_squares("features", seen.features)),
+            **({} if seen.features is None else {"of_class": _by_class(seen.features, seen.logits)}),
             "prior": seen.logits if bundle.manifest.output == "probabilities" else probabilities,
         }
         for name, part in parts.items():
@@ -58,7 +66,32 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         "taps.frame_std": spread,
         "prior": means["prior"],
     }
-    if "cls" in means:
-        made["cls.mean"] = means["cls"]
-        made["cls.std"] = np.sqrt(np.maximum(means["cls_square"] - np.square(means["cls"]), 0))
+    for name in ("cls", "features"):
+        if name in means:
+            made[f"{name}.mean"] = means[name]
+            made[f"{name}.std"] = np.sqrt(np.maximum(means[f"{name}_square"] - np.square(means[name]), 0))
+    if "of_class" in means:
+        made |= _class_statistics(means["of_class"], means["features_square"], count)
     return {name: value.astype(np.float32) for name, value in made.items()}
+
+
+def _by_class(features: Array, logits: Array) -> Array:
+    """[1, classes, 1 + D]: sums, over the frames predicted to be of each class, of one and of the features."""
+    predicted = np.eye(logits.shape[1])[logits.argmax(axis=1)]
+    made: Array = (predicted.T @ np.insert(features.astype(np.float64), 0, 1, axis=1))[None]
+    return made
+
+
+def _class_statistics(of_class: Array, square: Array, count: int) -> dict[str, Array]:
+    """From shares of frames and features [classes, 1 + D]; empty where they say too little."""
+    share, features = of_class[:, 0], of_class[:, 1:]
+    if 2 * len(share) >= features.shape[1] or share.min() * count < ENOUGH:
+        return {}
+    mean = features / share[:, None]
+    variance = square - share @ np.square(mean)
+    return {"class.mean": mean, "class.std": np.sqrt(np.maximum(variance, 0))}
+
+
+def _with_squares(name: str, values: Array) -> dict[str, Array]:
+    wide = values.astype(np.float64)
+    return {name: wide, f"{name}_square": np.square(wide)}

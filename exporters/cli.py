@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from exporters.warm_up import WarmUpPlan
 
 
 def export(
@@ -14,7 +18,14 @@ def export(
     out: Annotated[Path, typer.Option(help="folder of the bundle; made, with its parents")],
     weights: Annotated[Path | None, typer.Option(help=".safetensors or .pth for the model")] = None,
     cut: Annotated[str | None, typer.Option(help="module or tensor where the tail begins, or `input`")] = None,
-    calibration: Annotated[str | None, typer.Option(help="source frames: .npz, folder, or sklearn:digits")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="source frames: .npz, folder, sklearn:digits, or {har,usps,pacs,kws}-source:PATH")
+    ] = None,
+    warm_up: Annotated[
+        str | None, typer.Option(help="labelled source images, .npz or folder, to train on with AugMix first")
+    ] = None,
+    warm_up_epochs: Annotated[int | None, typer.Option(help="passes over them; None: the default")] = None,
+    head: Annotated[str | None, typer.Option(help="labelled source frames to fit another last layer to")] = None,
     scale: Annotated[float, typer.Option(help="for an .onnx: raw values are divided by this")] = 1.0,
     mean: Annotated[str, typer.Option(help="for an .onnx: subtracted after that, with commas between channels")] = "0",
     std: Annotated[str, typer.Option(help="for an .onnx: divided by after that")] = "1",
@@ -27,6 +38,7 @@ def export(
     from edge_adapt.threads import one_thread
     from exporters.export import export as run
     from exporters.export import from_spec
+    from exporters.progress import shown
 
     one_thread()
     if precision != "fp32":
@@ -37,8 +49,40 @@ def export(
         frames = data.images if data.images is not None else next(iter(data.shifts.values()))
     typer.echo(f"exporting {model}", err=True)
     made = from_spec(model, weights=weights, fed=(scale, numbers(mean, "--mean"), numbers(std, "--std")))
-    run(made, out, calibration=frames, cut=cut, force=force, report=lambda text: typer.echo(f"  {text}", err=True))
+    if head is not None:
+        from exporters.head import with_head
+
+        typer.echo("  fitting the head", err=True)
+        made = with_head(made, load_data(head), None)
+    plan = warm_up_plan(warm_up, warm_up_epochs, made.classes)
+    if frames is None and plan is not None:
+        frames = plan.data.images
+    with shown() as progress:
+        run(
+            made,
+            out,
+            calibration=frames,
+            cut=cut,
+            warm_up=plan,
+            force=force,
+            report=lambda text: typer.echo(f"  {text}", err=True),
+            progress=progress,
+        )
     typer.echo(str(out))
+
+
+def warm_up_plan(data: str | None, epochs: int | None, classes: Sequence[str] | None) -> WarmUpPlan | None:
+    """What the options ask for. Raises: ConfigError, DataError."""
+    from edge_adapt.errors import ConfigError
+    from edge_adapt.streams.data import load_data
+    from exporters.warm_up import WarmUpPlan, WarmUpSettings
+
+    if data is None:
+        if epochs is not None:
+            raise ConfigError("--warm-up-epochs without --warm-up", remedy="add --warm-up DATA, labelled images")
+        return None
+    settings = WarmUpSettings() if epochs is None else WarmUpSettings(epochs=epochs)
+    return WarmUpPlan(load_data(data, classes), settings)
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
@@ -77,6 +121,13 @@ def info(
         "created": manifest.created,
         **manifest.provenance,
     }
+    if manifest.warm_up is not None:
+        warm, epochs = manifest.warm_up, int(manifest.warm_up.settings["epochs"])
+        (clean, later_clean), (augmented, later_augmented) = warm.clean_error, warm.augmented_error
+        lines["warm-up"] = (
+            f"{warm.family}, {epochs} epochs over {warm.images} images of {warm.data}; held-out error "
+            f"{clean:g} -> {later_clean:g} % clean, {augmented:g} -> {later_augmented:g} % augmented"
+        )
     for name, text in lines.items():
         typer.echo(f"{name:>12}  {text}")
 

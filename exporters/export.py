@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
@@ -44,17 +44,22 @@ from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptEr
 from edge_adapt.graph import SIDE, attributes, graft_taps, initializers, producers, shapes
 from edge_adapt.preprocess import Preprocess
 from exporters import parity
+from exporters.adapters import ADAPTERS, write_label_shift, write_pairs
 from exporters.calibrate import source_statistics
 from exporters.cut import resolve_cut, tail_of
 from exporters.onnx_from_torch import OPSET, export_network
 from exporters.onnx_import import import_network
 from exporters.passes import tidy, without_traces
 from exporters.sites import Folded, conv_outputs_without_norm, fold, insert_norms
+from exporters.training_state import place_of
+from exporters.warm_up import WarmUpPlan, with_weights
+from exporters.warm_up import warm_up as run_warm_up
 from exporters.zoo import get as zoo_model
 from exporters.zoo import load_weights, packaged_weights
 
 Array = NDArray[Any]
 Report = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
 
 PARITY_SAMPLES = 32
 CALIBRATION_SAMPLES = 2000
@@ -82,16 +87,20 @@ def export(
     *,
     calibration: Array | None = None,
     cut: str | None = None,
+    warm_up: WarmUpPlan | None = None,
     force: bool = False,
     report: Report = lambda text: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Write a bundle.
 
     Args:
         calibration: raw source frames, as in an archive; None computes what it can from the model alone.
         cut: module or tensor where the trunk ends, `input` for reference mode, None for the model's default.
+        warm_up: labelled source images to train on first; an interrupted training goes on when called again.
         force: replace an existing bundle.
         report: told one line per stage.
+        progress: told (what, steps done, steps in all).
     Raises: EdgeAdaptError. Nothing is left behind.
     """
     if out.exists() and not (force and (out / MANIFEST).exists()):
@@ -102,9 +111,18 @@ def export(
     with _aside(out) as folder:
         report("finding norm sites")
         network = _with_norms(model.network, frames)
+        warmed = None
+        if warm_up is not None:
+            warmed = run_warm_up(
+                network, model.input, warm_up, checkpoint=place_of(out), report=report, progress=progress
+            )
+            model = replace(model, module=with_weights(model.module, network, warmed.network))
+            network = warmed.network
         tensor = resolve_cut(network, cut or model.cut)
         folded = fold(network)
         manifest = _manifest(model, network, folded, tensor, cut or model.cut)
+        if warmed is not None:
+            manifest = manifest.model_copy(update={"warm_up": warmed.record})
         report(f"{len(folded.sites)} norm sites, cut at {manifest.cut.name}")
         _save_graphs(folder, network, folded, manifest)
         report("measuring the source domain" if frames is not None else "no calibration data: stored statistics")
@@ -114,6 +132,11 @@ def export(
         engine = OnnxRuntimeEngine(bundle)
         if frames is not None:
             source |= source_statistics(bundle, engine, frames, lambda count: None)
+        if warmed is not None and warm_up is not None:
+            report("training the adapters")
+            source |= warmed.source
+            write_pairs(bundle, warmed.frozen, warmed.low, warmed.high)
+            _write_label_shift(bundle, engine, warm_up, report)
         report("parity gate")
         torch_model = model.module
         if torch_model is None or not _names_match(torch_model, folded.sites):
@@ -131,7 +154,16 @@ def export(
         count = 0 if frames is None else len(frames)
         _finish(folder, manifest.model_copy(update={"parity": checked, "calibration_samples": count}), source)
         report(f"parity {max(errors.values()):.1e} of the output's scale, {parity.TOLERANCE:.0e} allowed")
+    place_of(out).unlink(missing_ok=True)
     return out
+
+
+def _write_label_shift(bundle: Bundle, engine: OnnxRuntimeEngine, plan: WarmUpPlan, report: Report) -> None:
+    assert plan.data.images is not None and plan.data.labels is not None
+    try:
+        write_label_shift(bundle, engine, plan.data.images, plan.data.labels, plan.settings.seed)
+    except DataError as error:
+        report(f"no label shift adapter: {error.what}")
 
 
 def check(path: Path, report: Report = lambda text: None) -> dict[str, float]:
@@ -406,8 +438,10 @@ def _finish(folder: Path, manifest: Manifest, source: dict[str, Array]) -> Manif
     """Write source statistics and the manifest with the hashes of everything else."""
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in source.items()}
     (folder / SOURCE).write_bytes(save_safetensors(arrays))
+    adapters = sorted(str(file.relative_to(folder)) for file in folder.glob(f"{ADAPTERS}/*.safetensors"))
     files = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (FULL, TRUNK, TAIL, SOURCE)
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in (FULL, TRUNK, TAIL, SOURCE, *adapters)
     }
     made = manifest.model_copy(update={"files": files})
     text = json.dumps(made.model_dump(mode="json"), indent=1)

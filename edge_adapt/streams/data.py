@@ -26,43 +26,58 @@ NOT_SHIFTS = {"images", "labels", "lossless", "train_index", "test_index", "samp
 class Dataset:
     """Frames with labels for the score; labels never reach a method.
 
-    Either `images`, or `shifts`: one ready-made array for each shift, all with the same labels.
+    Either `images`, or `shifts`: one ready-made array for each shift. A shift has the labels that `shift_labels` holds
+    for it, such as those of one person or one domain; where there are none, all shifts share `labels`.
     """
 
     name: str
     images: Array | None
     labels: Array | None
     shifts: dict[str, Array] = field(default_factory=dict)
+    shift_labels: dict[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        """Frames of `images`, or of the first shift."""
         first = self.images if self.images is not None else next(iter(self.shifts.values()))
         return len(first)
 
     def __getitem__(self, part: slice) -> Dataset:
-        """Some of the frames, with their labels."""
+        """Some of the frames, of every shift, with their labels."""
         return Dataset(
             self.name,
             None if self.images is None else self.images[part],
             None if self.labels is None else self.labels[part],
             {name: images[part] for name, images in self.shifts.items()},
+            {name: labels[part] for name, labels in self.shift_labels.items()},
         )
+
+    def labels_of(self, shift: str) -> Array | None:
+        """Labels of one shift: its own, or those that all share."""
+        return self.shift_labels.get(shift, self.labels)
 
 
 def load_data(source: str | Path, classes: Sequence[str] | None = None) -> Dataset:
     """Read a data set.
 
     Args:
-        source: a .npz archive, a folder of images, or `sklearn:digits`.
+        source: a .npz archive, a folder of images, `sklearn:digits`, or a recording that `recorded.py` knows, such as
+            `har:PATH` for its stream and `har-source:PATH` for what its model was trained on.
         classes: class names of the model, to number the folders of an image folder.
     Raises: DataError naming the file and what is wrong with it.
     """
+    from edge_adapt.streams.recorded import RECORDED
+
     if str(source) == DIGITS:
         return digits()
+    kind, colon, place = str(source).partition(":")
+    if colon and kind in RECORDED:
+        return RECORDED[kind](Path(place))
     path = Path(source)
     if path.is_dir():
         return image_folder(path, classes)
     if not path.exists():
-        raise DataError(f"{path} does not exist", remedy=f"give a .npz archive, an image folder, or {DIGITS}")
+        known = ", ".join(f"{name}:PATH" for name in RECORDED)
+        raise DataError(f"{path} does not exist", remedy=f"give a .npz archive, an image folder, {DIGITS}, or {known}")
     return archive(path)
 
 
