@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def load_series(path: Path) -> Series:
         return Series(path.stem, np.where(missing, np.float32(np.nan), speed), past=12, ahead=12, train=28 * 288)
     if "values" in arrays:
         return Series(path.stem, arrays["values"].astype(np.float32), past=96, ahead=24, train=20 * 7 * 24)
-    raise DataError(f"{path} holds neither `speed` nor `values`", remedy="give a METR-LA or ETT archive, [steps, series]")
+    raise DataError(f"{path} holds neither `speed` nor `values`", remedy="give a METR-LA or an ETT archive")
 
 
 def forecast(
@@ -107,7 +107,8 @@ def forecast(
 ) -> dict[str, Any]:
     """Train, freeze, and play the rest of the series twice: as the model says it, and corrected.
 
-    Returns: rows `frozen` and `adcsd` with MAE and RMSE over all steps ahead, in the series' units; no reading, no error.
+    Returns: rows `frozen` and `adcsd` with MAE and RMSE over all steps ahead, in the series' units, where there are
+    readings.
     """
     if len(series.values) < series.train + series.past + 2 * series.ahead:
         raise DataError(
@@ -145,8 +146,12 @@ def forecast(
         "schema": SCHEMA,
         "data": series.name,
         "settings": {
-            **{"past": series.past, "ahead": series.ahead, "train_steps": series.train, "seed": plan.seed},
-            **{"lr": plan.adcsd.lr, "width": plan.adcsd.width, "window": plan.adcsd.window, "limit": plan.limit},
+            "past": series.past,
+            "ahead": series.ahead,
+            "train_steps": series.train,
+            "seed": plan.seed,
+            "limit": plan.limit,
+            "adcsd": asdict(plan.adcsd),
         },
         "environment": environment(1, f"onnxruntime {ort.__version__}"),
         "forecasts": len(starts),

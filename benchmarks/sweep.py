@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_adapt.delta import write_atomically
 from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptError, did_you_mean
 from edge_adapt.plugins import METHODS, names
@@ -158,7 +160,8 @@ def sweep(
         if not open_cells:
             continue
         bundle = _exported(board, data_root, work)
-        for number, cell in enumerate(_made(board, bundle, data_root / board.data, open_cells, jobs), 1):
+        stream = _stream(board, data_root, work)
+        for number, cell in enumerate(_made(board, bundle, stream, open_cells, jobs), 1):
             cells.append(cell)
             _write(out, board, cells)
             progress(board.id, len(done) + number, len(done) + len(open_cells))
@@ -192,6 +195,30 @@ def _exported(board: Board, data_root: Path, work: Path) -> Path:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             pool.apply(_export, (board, data_root, folder))
     return folder
+
+
+def _stream(board: Board, data_root: Path, work: Path) -> Path:
+    """The board's data, with its corruptions made once and kept where it does not hold them."""
+    source = data_root / board.data
+    made = work / f"{source.stem}-{board.severity}-{board.limit}.npz"
+    if source.suffix == ".npz" or made.exists():
+        return source if source.suffix == ".npz" else made
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(_corrupt, (board, source, made))
+    return made
+
+
+def _corrupt(board: Board, source: Path, made: Path) -> None:
+    from benchmarks.scenarios import corrupted
+    from edge_adapt.streams.corruptions import CORRUPTIONS
+    from edge_adapt.streams.data import load_data
+
+    data = load_data(source)[: board.limit]
+    arrays: dict[str, Any] = {"labels": data.labels}
+    arrays |= {shift.name: shift.images for shift in corrupted(data, board.severity, 0, CORRUPTIONS)}
+    aside = made.with_suffix(".tmp.npz")
+    np.savez(aside, **arrays)
+    aside.replace(made)
 
 
 def _export(board: Board, data_root: Path, folder: Path) -> None:

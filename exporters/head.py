@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,10 +46,11 @@ def with_head(
     count = len(classes) if classes else int(data.labels.max()) + 1
     head = fit(features, torch.from_numpy(data.labels), count)
     parent, _, leaf = name.rpartition(".")
-    setattr(model.module.get_submodule(parent), leaf, head)
+    module = copy.deepcopy(model.module)
+    setattr(module.get_submodule(parent), leaf, head)
     provenance = {key: value for key, value in model.provenance.items() if key != "torch"}
     made = from_module(
-        model.module, f"{model.name}-{data.name}", model.input, classes=classes, cut=model.cut, provenance=provenance
+        module, f"{model.name}-{data.name}", model.input, classes=classes, cut=model.cut, provenance=provenance
     )
     return replace(made, provenance={**made.provenance, "head": f"fitted to {len(features)} frames of {data.name}"})
 
@@ -68,7 +70,7 @@ def fit(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
         torch.autograd.backward(value)
         return value
 
-    optimiser.step(loss)
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
     head = nn.Linear(z.shape[1], classes)
     with torch.no_grad():
         head.weight.copy_(weight / std)

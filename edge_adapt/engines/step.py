@@ -153,13 +153,13 @@ def convolution_backward(
         ]
         to_input = aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups)
     if wanted[1]:
-        count, channels, *size = x.shape
+        count, channels, size = *x.shape[:2], x.shape[2:]
         apart = x.reshape(count, groups, channels // groups, *size).transpose(0, 2)
         apart = apart.reshape(channels // groups, groups * count, *size)
         kernel = gradient.transpose(0, 1)
         made = aten.convolution(apart, kernel, None, dilation, padding, stride, False, [0] * rank, groups)
-        for axis, size in zip(axes, sizes, strict=True):
-            made = made.narrow(axis, 0, size)
+        for axis, length in zip(axes, sizes, strict=True):
+            made = made.narrow(axis, 0, length)
         to_weight = made.transpose(0, 1)
     if wanted[2]:
         to_bias = gradient.sum((0, *axes))

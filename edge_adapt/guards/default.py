@@ -6,6 +6,7 @@ learns on the device gets all of them, and none has any in reference mode, where
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from edge_adapt.errors import ConfigError, did_you_mean
@@ -66,7 +67,7 @@ class _TakesLabels:
     def learn_from(self, state: Wrapped[Any], labelled: Labelled) -> Step[Wrapped[Any]]:
         step = self.host.learn_from(state.host, labelled)
         own = taught(state.own) if isinstance(state.own, Watch) else state.own
-        return Step(Wrapped(step.state, own), step.logits, step.events, step.features)
+        return replace(step, state=Wrapped(step.state, own))
 
     def predict(self, state: Wrapped[Any], cut: Any) -> Any:
         return self.host.predict(state.host, cut)

@@ -20,7 +20,7 @@ WARM = 16
 """Frames of a domain before any of them can be strange."""
 MEMORY = 64
 """Frames over which the usual is averaged."""
-FACTOR, DEVIATIONS = 4.0, 6.0
+FACTOR, DEVIATIONS = 10.0, 6.0
 """Strange is a distance both so many times the usual, and so many mean deviations of its logarithm above it."""
 
 

@@ -31,23 +31,12 @@ FIRST, HURRY = 64, 256
 whenever the answers are of one class alone."""
 REST, LONGEST = 512, 64_000
 """Answered frames that what failed is not used, the first time and at most."""
-WARY, PEACE = 5, 12
+WARY, PEACE = 3, 12
 """Trials passed in a row after which there is no hurry, and after which a failure counts as the first."""
 RELIABLE, CERTAIN = 64, 0.4
 """What was learned is used from so many looked-at frames on, whose entropy is below this share of ln K (EATA's)."""
 REACH, SMALL = 1.0, 0.5
 """A tensor may move from source by so many times its own size, as root mean square; small ones count as `SMALL`."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Answers to the frames just looked at."""
-
-    frames: int
-    ours: Array | None
-    """[n, K], with what was learned; None: what leaves the loop is that."""
-    plain: Array
-    """[n, K], without."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +64,6 @@ class Watch:
     taught: bool = False
     """True once the host learned from labels: what a person says may contradict source, and is judged no more."""
     trial: Trial | None = None
-    shown: Shown | None = None
-    """Evidence that waits for the answers to the frames just looked at."""
 
 
 class Watchdog(Wrapper[Watch]):
@@ -125,15 +112,19 @@ class Watchdog(Wrapper[Watch]):
     def step(self, state: Wrapped[Watch], seen: Observation) -> Step[Wrapped[Watch]]:
         step = self.host.step(state.host, seen)
         own = self._counted(state.own, seen)
-        if self._is_due(own) and seen.rehearse is not None:
-            own = self._evidence(own, self.delta(state), seen, step.logits)
+        tried = self._is_due(own) and seen.rehearse is not None
+        if tried:
+            own = replace(own, trial=self._evidence(own, step, self.delta(state), seen))
         made, events = self._followed(Wrapped(step.state, own)), step.events
         changed = made.own.full is not state.own.full
         if changed and not own.rest and not own.taught and self._leaps(made.own.full):
             made, event = self._failed(made, "learned", LEAP)
             events = (*events, event)
-        held_back = _held_back(own) and seen.logits is not None
-        return Step(made, seen.logits if held_back and self.answers else step.logits, events, step.features)
+        elif tried:
+            made, told = self._judged(made)
+            events = (*events, *told)
+        held_back = _held_back(own) and seen.logits is not None and self.answers
+        return replace(step, state=made, logits=seen.logits if held_back else step.logits, events=events)
 
     def watch(self, state: Wrapped[Watch], answered: Answered) -> Step[Wrapped[Watch]]:
         state, corrected, events = self.watched_by_host(state, answered)
@@ -145,15 +136,15 @@ class Watchdog(Wrapper[Watch]):
             since=own.since + count,
             rest=max(0, own.rest - count),
         )
+        if self.sees_answers_only and not own.rest:  # no look, no pass: evidence that costs nothing
+            trial = own.trial or Trial.empty()
+            own = replace(own, trial=trial.with_answers(corrected.logits[:EACH], answered.logits[:EACH]))
         state = self._followed(Wrapped(state.host, own))
         if own.rests == "all" and not own.rest:
             state = self._followed(Wrapped(self.host.init(), replace(own, rests="nothing")))
             events = (*events, RETURN)
-        if self.sees_answers_only and not own.rest:  # no look, no pass: evidence that costs nothing
-            shown = Shown(count, None, answered.logits[:EACH])
-            state = Wrapped(state.host, replace(state.own, trial=own.trial or Trial.empty(), shown=shown))
-        if state.own.shown is not None:
-            state, told = self._heard(state, corrected)
+        elif self.sees_answers_only:
+            state, told = self._judged(state)
             events = (*events, *told)
         return Step(state, final.logits, events)
 
@@ -181,44 +172,40 @@ class Watchdog(Wrapper[Watch]):
             return True
         return own.since >= (HURRY if own.passes < WARY or own.recent.is_constant else PERIOD)
 
-    def _evidence(self, own: Watch, in_force: Delta, seen: Observation, logits: Array | None) -> Watch:
+    def _evidence(self, own: Watch, step: Step[Any], in_force: Delta, seen: Observation) -> Trial:
         """What these frames give with what was learned, without it, and with source."""
         assert seen.rehearse is not None
         frames, trial = seen.frames[:EACH], own.trial or Trial.empty()
-        ours, taps = None, seen.taps
-        if _held_back(own):
-            assert seen.logits is not None
-            without = seen.logits[:EACH]
-            if own.full.keys() - own.plain.keys():
-                ours = seen.rehearse(frames, own.full).logits
-            elif logits is not None:
-                ours = logits[:EACH]
-        elif seen.logits is not None and own.plain is in_force:
-            without = seen.logits[:EACH]
-        else:
-            rehearsed = seen.rehearse(frames, own.plain)
-            assert rehearsed.logits is not None
-            without, taps = rehearsed.logits, rehearsed.taps
-        if own.plain and self._moments is not None and taps is not None:
+        plainly = seen
+        if seen.logits is None or own.plain is not in_force:
+            plainly = seen.rehearse(frames, own.plain)
+        learned = seen
+        if _held_back(own) and own.full.keys() - own.plain.keys():
+            learned = seen.rehearse(frames, own.full)
+        elif step.logits is not None:
+            learned = replace(seen, logits=step.logits, features=step.features)
+        assert plainly.logits is not None
+        assert learned.logits is not None
+        trial = trial.with_answers(self._corrected(step.state, learned), plainly.logits[:EACH])
+        if own.plain and self._moments is not None and plainly.taps is not None:
             source = seen.rehearse(frames, self.source).taps
             assert source is not None
-            trial = trial.with_taps((taps[0][:EACH], taps[1][:EACH]), source)
-        return replace(own, trial=trial, shown=Shown(len(seen.frames), ours, without))
+            trial = trial.with_taps((plainly.taps[0][:EACH], plainly.taps[1][:EACH]), source)
+        return trial
 
-    def _heard(self, state: Wrapped[Watch], corrected: Answered) -> tuple[Wrapped[Watch], tuple[str, ...]]:
-        """Take the answers to the frames of a trial, and judge once there are enough."""
-        shown, trial = state.own.shown, state.own.trial
-        assert shown is not None and trial is not None
-        state = Wrapped(state.host, replace(state.own, shown=None))
-        if len(corrected.logits) != shown.frames:  # an outer guard kept some frames back: which answer is whose?
+    def _corrected(self, state: Any, learned: Observation) -> Array:
+        """The answers [n, K] that the host would let go; nothing of it stays, for a state is a value."""
+        answered = Answered.of(learned)
+        features = None if answered.features is None else answered.features[:EACH]
+        answered = Answered(answered.logits[:EACH], features)
+        logits = self.host.watch(state, answered).logits if self.host.watches else None
+        return answered.logits if logits is None else logits
+
+    def _judged(self, state: Wrapped[Watch]) -> tuple[Wrapped[Watch], tuple[str, ...]]:
+        """The verdict, once there is evidence enough."""
+        trial = state.own.trial
+        if trial is None or not trial.is_complete:
             return state, ()
-        ours = corrected.logits[:EACH] if shown.ours is None else shown.ours
-        trial = trial.with_answers(ours, shown.plain)
-        state = Wrapped(state.host, replace(state.own, trial=trial))
-        return self._judged(state, trial) if trial.is_complete else (state, ())
-
-    def _judged(self, state: Wrapped[Watch], trial: Trial) -> tuple[Wrapped[Watch], tuple[str, ...]]:
-        """The verdict."""
         collapsed = trial.collapsed(self.classes)
         harmful = collapsed if self.reference else trial.agreement < AGREE
         strange = self._moments is not None and trial.strange_taps(*self._moments, self._starts)
@@ -252,7 +239,6 @@ class Watchdog(Wrapper[Watch]):
             passes=0,
             since=0,
             trial=None,
-            shown=None,
         )
         return self._followed(Wrapped(host, own)), event
 
@@ -276,7 +262,7 @@ def plain(delta: Delta) -> Delta:
 
 def taught(own: Watch) -> Watch:
     """Once the host learned from labels: nothing is held back, or judged, any more."""
-    return replace(own, taught=True, rests="nothing", rest=0, reliable=RELIABLE, trial=None, shown=None)
+    return replace(own, taught=True, rests="nothing", rest=0, reliable=RELIABLE, trial=None)
 
 
 def _held_back(own: Watch) -> bool:

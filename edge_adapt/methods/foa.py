@@ -253,8 +253,8 @@ class Foa:
         return Step(state, logits, features=answer.features)
 
     def _tried(self, state: FoaState, seen: Observation, place: int) -> Observation:
-        """One candidate on these frames; what is in force was tried already, by the look."""
-        if place == self.config.population and state.delta:
+        """One candidate on these frames; the best so far was tried already, if the look was made with it."""
+        if place == self.config.population and state.delta and seen.is_of(state.delta):
             return seen
         assert seen.rehearse is not None
         return seen.rehearse(seen.frames, self._delta(state.trial.candidates[place]))

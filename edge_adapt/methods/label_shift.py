@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from edge_adapt.adapters.label_shift import LabelShiftNet, load, source_prior
+from edge_adapt.adapters.label_shift import LEAST, LabelShiftNet, load, source_prior
 from edge_adapt.errors import ConfigError
 from edge_adapt.methods.lame import Persistence
 from edge_adapt.methods.protocol import FEATURES, HEAD, LOGITS, TAPS, Answered, Context, Method, Step, configured
@@ -31,6 +31,8 @@ GROUP = 16
 TEMPERATURE = 3.0
 """Of answers, where no hypernetwork says it: under a shift networks are this much too sure (CIFAR ResNets)."""
 LABEL_SHIFT, NO_LABEL_SHIFT = "label shift", "no label shift"
+LEAST_EVIDENCE = -100.0
+"""Nats; less would take long to forget, more would be too soon after a domain with damage."""
 USUAL_COUNT = 32
 """Frames that the source counts as in what is usual of a stream."""
 
@@ -199,7 +201,7 @@ class LabelShift(Wrapper[LabelShiftState]):
         return replace(
             own,
             counts=own.counts * (1 - 1 / horizons) ** frames + (weighted / likelihood[..., None]).sum(axis=0),
-            evidence=own.evidence * (1 - 1 / config.memory) ** frames + gain,
+            evidence=np.maximum(own.evidence * (1 - 1 / config.memory) ** frames + gain, LEAST_EVIDENCE),
             usual=own.usual * (1 - 0.5 / self.horizons[-1]) ** frames + answers.sum(axis=0),
         )
 
@@ -212,7 +214,8 @@ class LabelShift(Wrapper[LabelShiftState]):
     def reference(self, own: LabelShiftState) -> Array:
         """[K], what the answers are like while the labels are as at source: with damage, what has been usual."""
         trust = float(np.clip(2 - own.damage / max(self.config.damage, 1e-9), 0, 1))
-        made: Array = self.prior**trust * (own.usual / own.usual.sum()) ** (1 - trust)
+        usual = np.maximum(own.usual / own.usual.sum(), LEAST)
+        made: Array = self.prior**trust * usual ** (1 - trust)
         made /= made.sum()
         return made
 

@@ -45,6 +45,12 @@ class Observation:
     """[N, channels of the layer norms], the class token behind each; with the taps of a transformer."""
     rehearse: Callable[[Array, Delta], Observation] | None = None
     """Frames, a delta -> what they would give with it: one more pass, and what is in force stays."""
+    delta: Delta | None = None
+    """What all this was given with. It need not be the method's own: a guard may hold that back."""
+
+    def is_of(self, delta: Delta) -> bool:
+        """True if that delta was in force."""
+        return self.delta is not None and (self.delta is delta or self.delta.same_as(delta))
 
 
 @dataclass(frozen=True)

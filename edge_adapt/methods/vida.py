@@ -105,7 +105,7 @@ class ViDA(Learner):
     """Both adapters, and in reference mode every other weight and bias."""
 
     name: ClassVar[str] = "vida"
-    device_lr: ClassVar[float] = 1e-3
+    device_lr: ClassVar[float] = 3e-3
 
     def __init__(
         self, context: Context, config: ViDAConfig | None = None, *, augment: Augmentation | None = None

@@ -101,6 +101,8 @@ class ZoaState:
     sums: Sums
     frames: Array | None = None
     """The frames in `sums`, fewer than a window."""
+    in_force: bool = True
+    """All of them were looked at with `delta`, so that `sums` is what it gives."""
     stem: tuple[Array, Array] | None = None
     """Mean and variance of the first norm's input, over the windows since the last change of domain."""
     steps: int = 0
@@ -152,10 +154,11 @@ class Zoa:
         if not all(np.isfinite(part).all() for part in (*seen.taps, seen.frames, seen.logits)):
             return Step(state, events=("refused: frames are not finite",))
         frames = seen.frames if state.frames is None else np.concatenate([state.frames, seen.frames])
-        state = replace(state, sums=state.sums.with_(seen), frames=frames)
+        in_force = state.in_force and seen.is_of(state.delta)
+        state = replace(state, sums=state.sums.with_(seen), frames=frames, in_force=in_force)
         if state.sums.frames < self.config.window:
             return Step(state)
-        window, state = state, replace(state, sums=self._empty(), frames=None)
+        window, state = state, replace(state, sums=self._empty(), frames=None, in_force=True)
         mean, variance = (part[self.stem] for part in window.sums.moments)
         if window.stem and divergence(*window.stem, mean, variance).mean() > self.config.changed:
             return Step(replace(self.init(), stem=(mean, variance), steps=state.steps), events=(CHANGE,))
@@ -168,14 +171,17 @@ class Zoa:
         return stem[0] + rate * (mean - stem[0]), stem[1] + rate * (variance - stem[1])
 
     def _learned(self, state: ZoaState, window: ZoaState, seen: Observation) -> Step[ZoaState]:
-        """One step of SPSA on a full window; `seen` lends the pass through the network."""
+        """One step of SPSA on a full window; `seen` lends the passes through the network, a second one if need be."""
         assert seen.rehearse is not None
         assert window.frames is not None
         rng = np.random.default_rng([self.seed % 2**63, state.steps])
         nudges = rng.choice([-1.0, 1.0], state.numbers.shape) * rng.uniform(0.5, 1, state.numbers.shape)
         nudged = state.numbers + self.config.nudge * nudges
         other = self._empty().with_(seen.rehearse(window.frames, self._ports(nudged)))
-        slope = (self.loss(nudged, other) - self.loss(state.numbers, window.sums)) / self.config.nudge
+        base = window.sums
+        if not window.in_force:
+            base = self._empty().with_(seen.rehearse(window.frames, state.delta))
+        slope = (self.loss(nudged, other) - self.loss(state.numbers, base)) / self.config.nudge
         if not np.isfinite(slope):
             return Step(state, events=("refused: the loss is not finite",))
         numbers = (1 - self.config.pull) * (state.numbers - self.config.lr * slope / nudges)

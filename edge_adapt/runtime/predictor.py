@@ -49,17 +49,22 @@ class Predictor:
         """Answer, and see what `needs` asks for."""
         self.passes += len(frames)
         seen = self.engine.observe(frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
-        return self._observation(frames, seen, needs, self._in_force)
+        return self._observation(frames, seen, needs, self._in_force, self.delta)
 
     def rehearse(self, frames: Array, delta: Delta, needs: frozenset[str]) -> Observation:
         """What frames would give with another delta, which is not put in force. Raises: StateError."""
         self.passes += len(frames)
         update = self._merge(delta)
         seen = self.engine.rehearse(update, frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
-        return self._observation(frames, seen, needs, self._affine(delta))
+        return self._observation(frames, seen, needs, self._affine(delta), delta)
 
     def _observation(
-        self, frames: Array, seen: Observed, needs: frozenset[str], affine: tuple[Array, Array, Array, Array]
+        self,
+        frames: Array,
+        seen: Observed,
+        needs: frozenset[str],
+        affine: tuple[Array, Array, Array, Array],
+        delta: Delta,
     ) -> Observation:
         return Observation(
             frames,
@@ -70,6 +75,7 @@ class Predictor:
             features=seen.features,
             cls=seen.cls,
             rehearse=lambda others, delta: self.rehearse(others, delta, needs),
+            delta=delta,
         )
 
     def trunk(self, frames: Array) -> Array:

@@ -47,7 +47,10 @@ def har(path: Path) -> Dataset:
 def har_source(path: Path) -> Dataset:
     """The people that the published models were trained on, as one array."""
     people = [part for person, part in _people(path).items() if person not in UNSEEN_PEOPLE]
-    return Dataset("har-source", *(np.concatenate(parts) for parts in zip(*people, strict=True)))
+    if not people:
+        raise DataError(f"{path} holds nobody that models were trained on", remedy="use the whole recording")
+    windows, labels = zip(*people, strict=True)
+    return Dataset("har-source", np.concatenate(windows), np.concatenate(labels))
 
 
 def usps(path: Path) -> Dataset:
@@ -115,8 +118,14 @@ def kws_source(path: Path) -> Dataset:
 
 
 RECORDED: dict[str, Callable[[Path], Dataset]] = {
-    **{"har": har, "har-source": har_source, "usps": usps, "usps-source": usps_source},
-    **{"pacs": pacs, "pacs-source": pacs_source, "kws": kws, "kws-source": kws_source},
+    "har": har,
+    "har-source": har_source,
+    "usps": usps,
+    "usps-source": usps_source,
+    "pacs": pacs,
+    "pacs-source": pacs_source,
+    "kws": kws,
+    "kws-source": kws_source,
 }
 
 

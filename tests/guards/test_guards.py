@@ -78,7 +78,8 @@ class Taught(Host):
 
 @pytest.fixture
 def context(device_bundle: Bundle) -> Context:
-    return Context(device_bundle, lambda: Tail(device_bundle))
+    tail = Tail(device_bundle)
+    return Context(device_bundle, lambda: tail)
 
 
 def sharp(classes, height: float = 8.0) -> np.ndarray:

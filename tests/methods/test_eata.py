@@ -67,9 +67,9 @@ def published(net: nn.Module, stream: list[Array], fisher: dict[str, Tensor]) ->
         for row in logits:
             p = row.softmax(0)
             h = -(p * p.log()).sum()
-            alike = 0 if mean is None else float(mean @ p / mean.norm() / p.norm())
+            alike = 0 if mean is None else float(mean @ p.detach() / mean.norm() / p.detach().norm())
             if h < margin and abs(alike) < CHOICE["redundant"]:
-                terms.append(h * math.exp(margin - float(h)))
+                terms.append(h * math.exp(margin - float(h.detach())))
                 taken.append(p.detach())
         counts.append(len(taken))
         if not taken:

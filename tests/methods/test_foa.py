@@ -256,6 +256,20 @@ def test_single_frames_are_gathered_until_they_are_an_interval(transformer, engi
     predictor.apply(Delta.source())
 
 
+def test_what_a_guard_holds_back_is_still_the_best_so_far(transformer, engine):
+    """A look with source in force is no evaluation of the best candidate: that takes a pass of its own."""
+    predictor, method = Predictor(transformer, engine), Foa(context(transformer))
+    engine.apply(predictor._merge(Delta.source()))
+    batch = frames(20)
+    state = method.step(method.init(), predictor.look(batch, method.needs)).state
+    held = method.step(state, predictor.look(batch, method.needs))
+    predictor.apply(method.delta(state))
+    free = method.step(state, predictor.look(batch, method.needs))
+    predictor.apply(Delta.source())
+    np.testing.assert_allclose(held.logits, free.logits, atol=1e-4)
+    np.testing.assert_allclose(held.state.search.mean, free.state.search.mean, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["one", "alike", "nan"])
 def test_batches_that_break_statistics(transformer, engine, kind):
     stream = frames(48)

@@ -69,7 +69,7 @@ def published(net: nn.Module, stream: list[Array], lr: float, reliable: float) -
         length = math.sqrt(sum(float((value.grad**2).sum()) for value in affine))
         with torch.no_grad():
             for value in affine:
-                value += 0.05 * value.grad / length
+                value.add_(0.05 * value.grad / length)
         second = entropies(x)[1][sure]
         optimiser.zero_grad()
         second[second < margin].mean().backward()

@@ -84,6 +84,20 @@ def test_a_step_is_one_sided_spsa(device_bundle, predictor, tiny_frames):
     np.testing.assert_allclose(found.delta[PORT_SHIFT], found.numbers[1], rtol=1e-5, atol=1e-9)
 
 
+def test_what_a_guard_holds_back_is_still_learned_from(device_bundle, predictor, tiny_frames):
+    """A look with source in force says nothing of the ports so far: they take a pass of their own."""
+    method = zoa(device_bundle)
+    state, _ = walked(method, predictor, other(tiny_frames), 32)
+    batch = other(tiny_frames[:32])
+    needs = method.needs | method.watches
+    predictor.apply(method.delta(state))
+    expected = method.step(state, predictor.look(batch, needs)).state
+    predictor.apply(Delta.source())
+    found = method.step(state, predictor.look(batch, needs)).state
+    assert not found.delta.same_as(state.delta)
+    np.testing.assert_allclose(found.numbers, expected.numbers, rtol=0.02, atol=1e-6)
+
+
 def test_the_loss_goes_down(device_bundle, predictor, tiny_frames):
     method = zoa(device_bundle, lr=2e-3, pull=0.0)
     batch = other(tiny_frames[:64])
