@@ -16,6 +16,8 @@ Array = NDArray[Any]
 Progress = Callable[[int], None]
 
 BATCH = 50
+LARGE = 2_000_000
+"""Numbers of class statistics that a bundle does without."""
 ENOUGH = 8
 """Frames of every class that its mean feature is worth keeping from."""
 
@@ -30,6 +32,8 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         taps.mean, taps.second [channels]: E[x] and E[x^2] of the normalised input of each norm, over all positions.
         taps.frame_std [channels]: how much one frame's own mean varies over frames.
         prior [classes]: mean softmax output.
+        taps.by_class [classes, 2, channels]: both moments for each class, as far as the model takes a frame for it;
+        where that is not too much to keep (moments).
         cls.mean, cls.std [channels of the layer norms]: of the class token behind each, for a transformer (FOA).
         features.mean, features.std [D]: of what the linear head is given, for a network that ends in one (FOA).
         class.mean [classes, D], class.std [D]: of the features of each predicted class, and about these means; where
@@ -39,6 +43,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
     sums: dict[str, Array] = {}
     count = 0
     has_head = bundle.manifest.head is not None
+    keeps_classes = 2 * bundle.channels * bundle.manifest.outputs <= LARGE
     for batch in frames:
         seen = engine.observe(batch, cut=False, taps=True, features=has_head)
         assert seen.taps is not None
@@ -54,6 +59,8 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
             **({} if seen.features is None else {"of_class": _by_class(seen.features, seen.logits)}),
             "prior": seen.logits if bundle.manifest.output == "probabilities" else probabilities,
         }
+        if keeps_classes:
+            parts["by_class"] = np.tensordot(parts["prior"].astype(np.float64).T, np.stack([mean, second], 1), 1)[None]
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + part.astype(np.float64).sum(axis=0)
         count += len(batch)
@@ -66,6 +73,11 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         "taps.frame_std": spread,
         "prior": means["prior"],
     }
+    if keeps_classes:
+        # One frame of the whole source for each class: a class that never came has the source's moments.
+        whole = np.stack([means["mean"], means["second"]])
+        seen_of = (means["prior"] * count)[:, None, None]
+        made["taps.by_class"] = (means["by_class"] * count + whole) / (seen_of + 1)
     for name in ("cls", "features"):
         if name in means:
             made[f"{name}.mean"] = means[name]

@@ -19,13 +19,13 @@ from edge_adapt.methods.protocol import Context, Labelled, LearnsFromLabels, Met
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 
 GUARDS: dict[str, type[Wrapper[Any]]] = {
+    "repeated": Repeated,
+    "strange": Strange,
     "watchdog": Watchdog,
     "reset": Reset,
-    "strange": Strange,
-    "repeated": Repeated,
     "finite": Finite,
 }
-"""Name -> guard, the innermost first."""
+"""Name -> guard, the innermost first. Those inside want to see no answer, and cost an unseen frame nothing."""
 SETTING = "guards"
 
 

@@ -6,11 +6,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_adapt.delta import PORT_SCALE, Delta
 from edge_adapt.guards.rows import sound_rows, step_on, watch_on
 from edge_adapt.methods.protocol import LOGITS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
+
+Array = NDArray[Any]
 
 BAD_FRAMES, BAD_ANSWERS, BAD_DELTA = "guard: bad frames", "guard: bad answers", "guard: bad delta"
 
@@ -52,20 +55,25 @@ class Finite(Wrapper[int]):
         return replace(step, state=Wrapped(host, state.own + bad), events=events)
 
     def watch(self, state: Wrapped[int], answered: Answered) -> Step[Wrapped[int]]:
-        rows = sound_rows(answered.logits, limit=LIMIT)
-        events: tuple[str, ...] = ()
-        if not rows.all():
-            answered = replace(answered, logits=np.where(rows[:, None], answered.logits, self.prior))
-            events = (BAD_ANSWERS,)
-        if self.host.watches:
-            features = answered.features
-            step = watch_on(self.host, state.host, answered, rows & sound_rows(answered.logits, features, limit=LIMIT))
-            state, events = Wrapped(step.state, state.own), (*step.events, *events)
-            if step.logits is not None:
-                fine = sound_rows(step.logits, limit=LIMIT)
-                answered = replace(answered, logits=np.where(fine[:, None], step.logits, answered.logits))
-                events = events if fine.all() else (*events, BAD_ANSWERS)
-        return Step(state, answered.logits, events)
+        answered, rows, events = self._cleaned(answered, answered.logits)
+        if not self.host.watches:
+            return Step(state, answered.logits, events)
+        if answered.features is not None:
+            rows = rows & sound_rows(answered.features, limit=LIMIT)
+        step = watch_on(self.host, state.host, answered, rows)
+        if step.logits is not None and step.logits is not answered.logits:
+            answered, _, more = self._cleaned(replace(answered, logits=step.logits), answered.logits)
+            events = (*more, *events)
+        return Step(Wrapped(step.state, state.own), answered.logits, (*step.events, *events))
+
+    def _cleaned(self, answered: Answered, before: Array) -> tuple[Answered, Array, tuple[str, ...]]:
+        """Answers without what is no number: those of `before` the host's correction, or the source's frequencies."""
+        logits = answered.logits
+        if np.abs(logits).max(initial=0) < LIMIT:  # false for NaN
+            return answered, np.ones(len(logits), bool), ()
+        rows = sound_rows(logits, limit=LIMIT)
+        instead = np.tile(self.prior, (len(rows), 1)) if before is logits else before
+        return replace(answered, logits=np.where(rows[:, None], logits, instead)), rows, (BAD_ANSWERS,)
 
 
 def _usable(delta: Delta) -> bool:

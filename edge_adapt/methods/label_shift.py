@@ -117,7 +117,7 @@ class LabelShiftState:
     evidence: Array
     """[horizons], nats by which each foretold the last answers better than no change did."""
     usual: Array
-    """[K], mean answer over the longest horizon."""
+    """[K], sum of answers over about twice the longest horizon."""
     residual: Residual
     persistence: Persistence
     damage: float
