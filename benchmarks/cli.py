@@ -19,7 +19,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in o
 def replay(
     bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
     data: Annotated[str, typer.Option(help=".npz, image folder, sklearn:digits, or {har,usps,pacs,kws}:PATH")],
-    scenario: Annotated[str, typer.Option(help="continual, natural, bursts, long_tailed_100_forward, ...")] = "continual",
+    scenario: Annotated[str, typer.Option(help="continual, natural, bursts, long_tailed_100_forward")] = "continual",
     method: Annotated[str, typer.Option(help="one or more, with commas between")] = "source,moments",
     batch_size: Annotated[int, typer.Option(help="frames that arrive together")] = 64,
     limit: Annotated[int | None, typer.Option(help="frames of each shift")] = None,

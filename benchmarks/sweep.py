@@ -18,6 +18,7 @@ import numpy as np
 
 from edge_adapt.delta import write_atomically
 from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptError, did_you_mean
+from edge_adapt.methods.auto import AUTO
 from edge_adapt.plugins import METHODS, names
 
 SCHEMA = 1
@@ -56,7 +57,7 @@ class Board:
 
     def cells(self) -> list[tuple[str, int]]:
         """Method and seed of every cell, the frozen model first."""
-        methods = self.methods or (*names(METHODS), *WRAPPED)
+        methods = self.methods or (AUTO, *names(METHODS), *WRAPPED)
         ordered = sorted(methods, key=lambda name: (name != BASELINE, name in MANY_VIEWS))
         return [
             (method, seed)

@@ -41,7 +41,8 @@ def undo(taps: Array, weight: Array, bias: Array, scale: Array, shift: Array) ->
     alive = np.abs(weight) > FLAT * np.maximum(np.abs(bias), 1e-3)
     gain = np.where(alive, weight * scale, 1.0).astype(np.float64)
     output_mean, output_second = taps[:, 0].astype(np.float64), taps[:, 1].astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):  # what is not finite stays so, and whoever is shown it refuses it
+    # What is not finite stays so, and is refused by whoever is shown it.
+    with np.errstate(invalid="ignore", divide="ignore"):
         variance = np.maximum(output_second - np.square(output_mean), 0) / np.square(gain)
     mean = ((output_mean - bias) / np.where(alive, weight, 1.0) - shift) / scale
     mean, variance = np.where(alive, mean, 0.0), np.where(alive, variance, 1.0)

@@ -15,6 +15,7 @@ def choose(bundle: Bundle) -> str:
     """
     manifest = bundle.manifest
     if not manifest.sites:
-        return "source+label_shift" if manifest.head is not None else "source"
+        # Around the frozen model label_shift has to know the classes' features, to tell damage from label shift.
+        return "source+label_shift" if "class.mean" in bundle.source else "source"
     host = "moments"
     return f"{host}+label_shift" if manifest.head is not None else host

@@ -8,6 +8,7 @@ from typing import Any
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError
 from edge_adapt.guards.default import SETTING, guarded
+from edge_adapt.methods.auto import AUTO, choose
 from edge_adapt.methods.protocol import GRADIENTS, HEAD, IMAGES, PROMPTS, SITES, Context, Method
 from edge_adapt.plugins import METHODS, WRAPPERS, find, names
 
@@ -23,10 +24,14 @@ LACKS = {
 def build(name: str, context: Context) -> Method[Any]:
     """A method by its name, with wrappers behind plus signs, the innermost first, and its guards around all.
 
+    `auto` is the composition that `auto.py` chooses for the bundle.
+
     Settings of `context` go to the method; those of a wrapper stand under its name, and `guards` says which guards.
     Raises: ConfigError if there is no such method, or if the bundle cannot serve it: then it says which one would fit.
     """
     host, *wrappers = name.split("+")
+    if host == AUTO:
+        return build("+".join((choose(context.bundle), *wrappers)), context)
     settings = {key: value for key, value in context.settings.items() if key not in (*wrappers, SETTING)}
     build_host = find(METHODS, host)
     check(host, build_host.requires, context.bundle)

@@ -47,7 +47,7 @@ class MomentsConfig:
     """A site moves only as far as its channels, on average, differ from source by more than this: the root mean square
     of the shifts, in standard deviations, and of the changes of log-variance, over the square root of 2."""
     again: int = 128
-    """So many frames after a change of domain are answered again with what was learned from the whole of their batch."""
+    """So many frames after a change of domain are answered again with what was learned from all of their batch."""
     window: int = 8
     """Looked-at frames over which a change of domain is noticed."""
     alarm: float = 3.0

@@ -93,7 +93,7 @@ class Step(Generic[S]):
     features: Array | None = None
     """[N, D], what the head was given for `logits`, from a method that answers itself."""
     again: bool = False
-    """True if the answers to these frames are worth giving again with what was learned, where they have not left yet."""
+    """True if these frames are worth answering again with what was learned, where the answers have not left yet."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class _Stream(Generic[S]):
             looked += count
             if not again:
                 # What was held before is settled by a part that is not.
-                logits += self._settle(frames[settled : done - count], held[:-1]) + [self._watched(answered)]
+                logits += [*self._settle(frames[settled : done - count], held[:-1]), self._watched(answered)]
                 held, settled = [], done
         logits += self._settle(frames[settled:done], held)
         if done < len(frames):

@@ -41,7 +41,11 @@ class Predictor:
         needs = method.needs | method.watches
         if method.answers and self.bundle.is_reference and method.needs <= {CUT}:
             return Observation(
-                frames, None, frames, trunk=self.trunk, rehearse=lambda others, delta: self.rehearse(others, delta, needs)
+                frames,
+                None,
+                frames,
+                trunk=self.trunk,
+                rehearse=lambda others, delta: self.rehearse(others, delta, needs),
             )
         return self.look(frames, needs)
 
