@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from edge_adapt.methods.learner import Learned, Learner, LearnerConfig, LearnerState, Lesson
@@ -34,21 +35,29 @@ class Tent(Learner):
     def __init__(self, context: Context, config: TentConfig | None = None) -> None:
         self.config: TentConfig = configured(config or TentConfig(), context.settings)
         super().__init__(context, self.config)
+        self.most = math.log(context.bundle.manifest.outputs)
+        """The largest entropy that there is, in nats."""
 
     def trained(self) -> Tensors:
         return self.tail.norm_parameters
 
     def learn(self, state: LearnerState, lesson: Lesson) -> Learned:
         logits, values, moments = self.advance(state, lesson, self._loss, {})
+        if not bool(self._reliable(entropy(logits)).any()):
+            return state, logits
         return replace(state, student=values, teacher=values, adam=moments), logits
 
     def _loss(self, logits: Tensor, given: Tensors) -> Tensor:
-        """Mean entropy; on the device of reliable frames alone, 0 if there are none."""
+        """Mean entropy of the reliable frames; 0 if there are none."""
         entropies = entropy(logits)
-        if self.reference or self.config.reliable >= 1:
-            return entropies.mean()
-        kept = (entropies < self.config.reliable * math.log(logits.shape[1])).to(entropies.dtype).detach()
+        kept = self._reliable(entropies).to(entropies.dtype)
         return (kept * entropies).sum() / kept.sum().clamp_min(1)
+
+    def _reliable(self, entropies: Tensor) -> Tensor:
+        """Which frames are learned from: all of them in reference mode, and by default."""
+        if self.reference or self.config.reliable >= 1:
+            return torch.ones_like(entropies, dtype=torch.bool)
+        return entropies.detach() < self.config.reliable * self.most
 
 
 def entropy(logits: Tensor) -> Tensor:

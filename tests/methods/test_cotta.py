@@ -313,10 +313,10 @@ def test_on_the_device_the_engine_answers_as_the_teacher(device):
 def test_views_on_the_device_go_through_the_trunk(device):
     predictor = Predictor(device, OnnxRuntimeEngine(device))
     method = CoTTA(context(device, confident=1.0, views=3))
-    look = predictor.look(frames(40), method.needs)
+    look = predictor.look(frames(32), method.needs)
     before = predictor.passes
     method.step(method.init(), look)
-    assert predictor.passes - before == 3 * 40
+    assert predictor.passes - before == 3 * 32
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
