@@ -140,6 +140,7 @@ def draw(boards: dict[str, list[Summary]], path: Path) -> None:
 
 def _panel(axis: object, boards: dict[str, list[Summary]]) -> None:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import LogLocator
 
     assert isinstance(axis, Axes)
     source = next((row.error for rows in boards.values() for row in rows if row.method == BASELINE), None)
@@ -155,19 +156,23 @@ def _panel(axis: object, boards: dict[str, list[Summary]]) -> None:
             [row.time for row in rows], [row.error for row in rows], s=26, color=colour, label=board, zorder=3
         )
         shown = [row for row in rows if source is None or row.error < source][:LABELLED]
-        for place, row in enumerate(shown):
+        for row in shown:
             axis.annotate(
                 row.method,
                 (row.time, row.error),
-                xytext=(5, 5 if place % 2 else -9),
+                xytext=(2, 5),
                 textcoords="offset points",
-                fontsize=7.5,
+                rotation=50,
+                fontsize=7,
                 color=colour,
             )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("time, multiples of plain inference (shaded: what the default profile may take)")
     axis.set_ylabel("mean error, per cent")
     if source is not None:
         axis.set_ylim(top=source + 4)
-    axis.legend(frameon=False, loc="upper center")
+    axis.legend(frameon=False, loc="center right")
     axis.spines[["top", "right"]].set_visible(False)
