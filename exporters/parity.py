@@ -74,7 +74,7 @@ def measure(bundle: Bundle, engine: Engine, module: nn.Module, frames: Array) ->
             random = distance(engine.run(frames), ported(module, bundle, ports)(x).numpy())
             seen = engine.observe(frames, cut=True, taps=False)
             assert seen.cut is not None
-            tail_error = distance(seen.logits, tail.with_delta(torch.from_numpy(seen.cut), ports).numpy())
+            tail_error = distance(seen.logits, _answer(tail, seen.cut, ports))
         finally:
             engine.apply(merger(Delta.source()))
     return {"identity_ports": identity, "random_ports": random, "tail": tail_error}
@@ -88,7 +88,7 @@ def compare_engines(bundle: Bundle, engine: Engine, rebuilt: Engine, frames: Arr
     seen = engine.observe(frames, cut=True, taps=False)
     assert seen.cut is not None
     with torch.no_grad():
-        answer = tail.with_delta(torch.from_numpy(seen.cut), ports).numpy()
+        answer = _answer(tail, seen.cut, ports)
     return {
         "random_ports": distance(seen.logits, rebuilt.run(frames)),
         "tail": distance(answer, seen.logits),
@@ -110,3 +110,9 @@ def gate(errors: dict[str, float]) -> None:
                 f"parity gate: {name} differs by {error:.1e} of the output's scale, {TOLERANCE:.0e} is allowed",
                 remedy="report the model: the engine and torch compute different things",
             )
+
+
+def _answer(tail: Tail, cut: Array, ports: Delta) -> Array:
+    """What the tail gives in the form that the engine does: the tail says probabilities as their logarithms."""
+    made: Array = tail.with_delta(torch.from_numpy(cut), ports).numpy()
+    return np.exp(made) if tail.bundle.manifest.output == "probabilities" else made
