@@ -30,6 +30,7 @@ class Spy:
     """A method that learns nothing and writes down everything it is shown."""
 
     name = "spy"
+    watches: frozenset[str] = frozenset()
     needs = frozenset({TAPS})
     answers = False
 
@@ -64,8 +65,8 @@ def spies(monkeypatch) -> list[Spy]:
         made.append(Spy(context))
         return made[-1]
 
-    find = module.find
-    monkeypatch.setattr(module, "find", lambda group, name: build if name == "spy" else find(group, name))
+    known = module.build
+    monkeypatch.setattr(module, "build", lambda name, context: build(context) if name == "spy" else known(name, context))
     return made
 
 
