@@ -66,7 +66,11 @@ def spies(monkeypatch) -> list[Spy]:
         return made[-1]
 
     known = module.build
-    monkeypatch.setattr(module, "build", lambda name, context: build(context) if name == "spy" else known(name, context))
+
+    def known_or_spy(name: str, context):
+        return build(context) if name == "spy" else known(name, context)
+
+    monkeypatch.setattr(module, "build", known_or_spy)
     return made
 
 
@@ -101,7 +105,7 @@ def test_results_have_the_documented_form(device_bundle, data):
         assert len(row["timeline"]["frames"]) == len(row["timeline"]["error"])
     source, moments = results["rows"]
     assert source["looked"] == 0
-    assert source["passes"] == moments["passes"] == 128
+    assert source["passes"] == 128 <= moments["passes"]  # trials, and frames answered again, are passes too
     assert 0 < moments["looked"] <= 128
     assert {"engine", "threads", "processor", "onnxruntime", "torch", "date"} <= results["environment"].keys()
 
@@ -181,7 +185,7 @@ def test_no_label_reaches_a_method(device_bundle, data, spies):
         assert {item.name for item in dataclasses.fields(spy.context)} == {"bundle", "tail", "seed", "settings"}
         for seen, first in zip(spy.seen, spies[0].seen, strict=True):
             names = {item.name for item in dataclasses.fields(seen)}
-            assert names == {"frames", "logits", "cut", "taps", "trunk"}
+            assert names == {"frames", "logits", "cut", "taps", "trunk", "features", "cls", "rehearse", "delta"}
             assert np.array_equal(seen.frames, first.frames)
             assert np.array_equal(seen.logits, first.logits)
             assert all(np.array_equal(a, b) for a, b in zip(seen.taps, first.taps, strict=True))
