@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_INPUT
 
 from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.preprocess import Preprocess
@@ -24,13 +23,16 @@ def halves(tiny_net, tiny_data, tiny_frames) -> Dataset:
     return Dataset("halves", tiny_data.images, (logit > np.median(logit)).astype(np.int64))
 
 
-def tiny(tiny_net):
-    return from_module(tiny_net, "tiny", TINY_INPUT, classes=[str(index) for index in range(5)])
+@pytest.fixture(scope="module")
+def tiny(tiny_net, device_bundle):
+    return from_module(
+        tiny_net, "tiny", device_bundle.manifest.input, classes=[str(index) for index in range(5)]
+    )
 
 
-def test_the_head_answers_for_the_new_classes_and_the_rest_stays(tiny_net, halves):
-    made = with_head(tiny(tiny_net), halves, ("low", "high"))
-    frames = torch.from_numpy(Preprocess(TINY_INPUT)(halves.images))
+def test_the_head_answers_for_the_new_classes_and_the_rest_stays(tiny_net, halves, tiny, device_bundle):
+    made = with_head(tiny, halves, ("low", "high"))
+    frames = torch.from_numpy(Preprocess(device_bundle.manifest.input)(halves.images))
     with torch.no_grad():
         answers = made.module(frames).argmax(1).numpy()
     assert (answers == halves.labels).mean() > 0.9
@@ -42,8 +44,8 @@ def test_the_head_answers_for_the_new_classes_and_the_rest_stays(tiny_net, halve
             assert torch.equal(value, made.module.state_dict()[name]), name
 
 
-def test_the_same_frames_give_the_same_head(tiny_net, halves):
-    first, second = (with_head(tiny(tiny_net), halves, None) for _ in range(2))
+def test_the_same_frames_give_the_same_head(halves, tiny):
+    first, second = (with_head(tiny, halves, None) for _ in range(2))
     assert torch.equal(first.module.head.weight, second.module.head.weight)
 
 
@@ -60,8 +62,8 @@ def test_fit_is_at_a_minimum():
     assert float(gradient.detach().abs().max()) < 1e-4
 
 
-def test_what_cannot_be_given_a_head_is_refused(tiny_net, halves):
-    model = tiny(tiny_net)
+def test_what_cannot_be_given_a_head_is_refused(halves, tiny):
+    model = tiny
     with pytest.raises(DataError, match="no labels"):
         with_head(model, Dataset("bare", halves.images, None), None)
     headless = copy.copy(model)
