@@ -81,21 +81,25 @@ class OnnxRuntimeEngine:
         return self._plan is not None
 
     def run(self, frames: Array) -> Array:
-        logits: Array = self._run(PLAIN, frames)[0]
+        logits: Array = self._run(PLAIN, frames)[0][0]
         return logits
 
     def observe(self, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False) -> Observed:
         key = (cut and not self.bundle.is_reference, taps, features)
-        return observed(self.bundle, key, frames if cut else None, self._run(key, frames))
+        made, tag = self._run(key, frames)
+        return replace(observed(self.bundle, key, frames if cut else None, made), tag=tag)
 
-    def apply(self, update: LiveUpdate) -> None:
+    def apply(self, update: LiveUpdate, tag: object = None) -> None:
         """Write into the bank that nobody reads, then swap: a run never waits for it, and never sees a mixture."""
         self._check(update)
         with self._applying:
             if self._plan is None:
-                self._active = self._rebuilt(update)
+                rebuilt = self._rebuilt(update)
+                rebuilt.tag = tag
+                self._active = rebuilt
                 return
             idle = self._written(update)
+            idle.tag = tag
             self._active, self._idle = idle, self._active
 
     def rehearse(
@@ -143,12 +147,13 @@ class OnnxRuntimeEngine:
             self._active.clear()
             self._idle = None
 
-    def _run(self, key: Key, frames: Array) -> list[Array]:
+    def _run(self, key: Key, frames: Array) -> tuple[list[Array], object]:
+        """Outputs, and the tag of the weights that gave them."""
         while True:
             sessions = self._active
             with sessions.lock:
                 if sessions is self._active:
-                    return sessions.run(key, frames)
+                    return sessions.run(key, frames), sessions.tag
 
     def _fresh(self) -> _Sessions:
         if self._plan is None:
@@ -228,6 +233,8 @@ class _Sessions(ABC):
         self.lock = threading.Lock()
         self.prompts: Array | None = None
         """[P, width], for a network that takes them."""
+        self.tag: object = None
+        """What the weights came with."""
         self._inputs = inputs
         self._made: dict[Key, ort.InferenceSession] = {}
 

@@ -27,6 +27,8 @@ class Observed:
     """[N, channels of the layer norms]: the class token behind each of them, where taps are asked of a transformer."""
     features: Array | None = None
     """[N, D], what the head is given."""
+    tag: object = None
+    """What `apply` was given with the weights that answered; None for those of the bundle, and for a rehearsal."""
 
 
 class Engine(Protocol):
@@ -59,8 +61,11 @@ class Engine(Protocol):
         """`observe` with other weights that are not put in force: what would the answer be?"""
         ...
 
-    def apply(self, update: LiveUpdate) -> None:
-        """Write new weights. Rebuilds nothing where the engine can edit in place."""
+    def apply(self, update: LiveUpdate, tag: object = None) -> None:
+        """Write new weights. Rebuilds nothing where the engine can edit in place.
+
+        `tag` comes back with every answer of these weights: a caller in another thread can tell which they were.
+        """
         ...
 
     @property

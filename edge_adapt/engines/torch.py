@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,8 +21,8 @@ from edge_adapt.merge import LiveUpdate
 Array = NDArray[Any]
 
 
-Values = tuple[dict[str, torch.Tensor], "Array | None"]
-"""What replaces weights, by their name in full.onnx, and the prompts."""
+Values = tuple[dict[str, torch.Tensor], "Array | None", object]
+"""What replaces weights, by their name in full.onnx; the prompts; the tag of both."""
 
 
 class TorchEngine:
@@ -35,7 +36,7 @@ class TorchEngine:
         self._weights = initializers(self._model.graph)
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
         self._modules: dict[Key, GraphModule] = {}
-        self._values: Values = {}, None
+        self._values: Values = {}, None, None
         self._lock = threading.Lock()
 
     @classmethod
@@ -47,21 +48,22 @@ class TorchEngine:
         return f"torch {torch.__version__}, {self._threads} thread(s), weights replaced"
 
     def run(self, frames: Array) -> Array:
-        return self._call(PLAIN, frames)[0]
+        return self._call(PLAIN, frames)[0][0]
 
     def observe(self, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False) -> Observed:
         key = (cut and not self.bundle.is_reference, taps, features)
-        return observed(self.bundle, key, frames if cut else None, self._call(key, frames))
+        made, tag = self._call(key, frames)
+        return replace(observed(self.bundle, key, frames if cut else None, made), tag=tag)
 
     def rehearse(
         self, update: LiveUpdate, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False
     ) -> Observed:
         key = (cut and not self.bundle.is_reference, taps, features)
-        made = self._call(key, frames, (self._changed(update), update.prompts))
+        made, _ = self._call(key, frames, (self._changed(update), update.prompts, None))
         return observed(self.bundle, key, frames if cut else None, made)
 
-    def apply(self, update: LiveUpdate) -> None:
-        changed = self._changed(update), update.prompts
+    def apply(self, update: LiveUpdate, tag: object = None) -> None:
+        changed = self._changed(update), update.prompts, tag
         with self._lock:
             self._values = changed
 
@@ -84,9 +86,9 @@ class TorchEngine:
     def close(self) -> None:
         self._modules.clear()
 
-    def _call(self, key: Key, frames: Array, other: Values | None = None) -> list[Array]:
+    def _call(self, key: Key, frames: Array, other: Values | None = None) -> tuple[list[Array], object]:
         with self._lock:
-            module, (values, prompts) = self._module(key), other or self._values
+            module, (values, prompts, tag) = self._module(key), other or self._values
         inputs = [torch.from_numpy(frames)]
         width = self.bundle.manifest.prompts
         if width:
@@ -94,7 +96,7 @@ class TorchEngine:
         replaced = {module.places[name]: value for name, value in values.items()}
         with torch.inference_mode():
             made = torch.func.functional_call(module, replaced, tuple(inputs))
-        return [made.numpy()] if isinstance(made, torch.Tensor) else [tensor.numpy() for tensor in made]
+        return [made.numpy()] if isinstance(made, torch.Tensor) else [tensor.numpy() for tensor in made], tag
 
     def _module(self, key: Key) -> GraphModule:
         if key not in self._modules:

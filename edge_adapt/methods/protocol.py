@@ -47,6 +47,8 @@ class Observation:
     """Frames, a delta -> what they would give with it: one more pass, and what is in force stays."""
     delta: Delta | None = None
     """What all this was given with. It need not be the method's own: a guard may hold that back."""
+    version: int = 0
+    """Number of that change of weights, counted by the predictor; 0 is the model as exported."""
 
     def is_of(self, delta: Delta) -> bool:
         """True if that delta was in force."""
@@ -61,12 +63,14 @@ class Answered:
     """[N, K]."""
     features: Array | None = None
     """[N, D]; None from a method that answers by itself and does not give them."""
+    version: int = 0
+    """Number of the change of weights it was given with."""
 
     @classmethod
     def of(cls, seen: Observation) -> Answered:
         """The engine's answer to frames that were looked at."""
         assert seen.logits is not None
-        return cls(seen.logits, seen.features)
+        return cls(seen.logits, seen.features, seen.version)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,46 @@ from edge_adapt.taps import undo
 Array = NDArray[Any]
 
 
+Affine = tuple[Array, Array, Array, Array]
+
+
+@dataclass(frozen=True)
+class InForce:
+    """What answers. It goes into the engine with the weights and comes back with every answer of theirs."""
+
+    delta: Delta
+    affine: Affine
+    """Norm weight and bias, port scale and shift: what a tap has to be freed of."""
+    version: int
+    """Counts changes of weights; 0 is the model as exported."""
+
+
 class Predictor:
-    """Engine, bundle and the delta in force."""
+    """Engine, bundle and the delta in force. One thread may answer while another one applies and rehearses."""
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine = bundle, engine
-        self.delta = Delta.source()
         self.passes = 0
         """Frames that went through the engine so far, looks and views included."""
         self._merge = Merger(bundle)
-        self._in_force = self._affine(self.delta)
+        source = Delta.source()
+        self._source = self._in_force = InForce(source, self._affine(source), 0)
+
+    @property
+    def delta(self) -> Delta:
+        """What the next answers are given with."""
+        return self._in_force.delta
+
+    @property
+    def version(self) -> int:
+        """Number of the change that put it in force."""
+        return self._in_force.version
 
     def answer(self, frames: Array, *, features: bool = False) -> Answered:
         """Logits [N, K], and features [N, D] if asked for, with the delta in force."""
         self.passes += len(frames)
-        if not features:
-            return Answered(self._logits(self.engine.run(frames)))
-        seen = self.engine.observe(frames, features=True)
-        return Answered(self._logits(seen.logits), seen.features)
+        seen = self.engine.observe(frames, features=features)
+        return Answered(self._logits(seen.logits), seen.features, self._of(seen).version)
 
     def look_for(self, method: Method[Any], frames: Array) -> Observation:
         """Answer, and see what the method asks for. One that answers itself at the input needs no pass for it."""
@@ -53,33 +76,27 @@ class Predictor:
         """Answer, and see what `needs` asks for."""
         self.passes += len(frames)
         seen = self.engine.observe(frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
-        return self._observation(frames, seen, needs, self._in_force, self.delta)
+        return self._observation(frames, seen, needs, self._of(seen))
 
     def rehearse(self, frames: Array, delta: Delta, needs: frozenset[str]) -> Observation:
         """What frames would give with another delta, which is not put in force. Raises: StateError."""
         self.passes += len(frames)
         update = self._merge(delta)
         seen = self.engine.rehearse(update, frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
-        return self._observation(frames, seen, needs, self._affine(delta), delta)
+        return self._observation(frames, seen, needs, InForce(delta, self._affine(delta), self.version))
 
-    def _observation(
-        self,
-        frames: Array,
-        seen: Observed,
-        needs: frozenset[str],
-        affine: tuple[Array, Array, Array, Array],
-        delta: Delta,
-    ) -> Observation:
+    def _observation(self, frames: Array, seen: Observed, needs: frozenset[str], given: InForce) -> Observation:
         return Observation(
             frames,
             self._logits(seen.logits),
             seen.cut,
-            None if seen.taps is None else undo(seen.taps, *affine),
+            None if seen.taps is None else undo(seen.taps, *given.affine),
             trunk=self.trunk,
             features=seen.features,
             cls=seen.cls,
             rehearse=lambda others, delta: self.rehearse(others, delta, needs),
-            delta=delta,
+            delta=given.delta,
+            version=given.version,
         )
 
     def trunk(self, frames: Array) -> Array:
@@ -91,16 +108,30 @@ class Predictor:
         assert cut is not None
         return cut
 
+    def trunk_aside(self, frames: Array, delta: Delta) -> Array:
+        """The same with the weights of a rehearsal, so that no answer of another thread waits for it."""
+        if self.bundle.is_reference:
+            return frames
+        cut = self.rehearse(frames, delta, frozenset((CUT,))).cut
+        assert cut is not None
+        return cut
+
     def apply(self, delta: Delta) -> bool:
         """Put another delta in force; True if it is another one. Raises: StateError, and the old one stays."""
         if delta is self.delta:
             return False
-        self.engine.apply(self._merge(delta))
-        self.delta, self._in_force = delta, self._affine(delta)
+        update = self._merge(delta)
+        given = InForce(delta, self._affine(delta), self.version + 1)
+        self.engine.apply(update, given)
+        self._in_force = given
         return True
 
-    def _affine(self, delta: Delta) -> tuple[Array, Array, Array, Array]:
-        """Norm weight and bias, port scale and shift, as they are in force: what a tap has to be freed of."""
+    def _of(self, seen: Observed) -> InForce:
+        """What an answer was given with, whatever was applied since."""
+        return seen.tag if isinstance(seen.tag, InForce) else self._source
+
+    def _affine(self, delta: Delta) -> Affine:
+        """Norm weight and bias, port scale and shift of a delta."""
         weight, bias = self._merge.weight, self._merge.bias
         if delta.tail:
             weight, bias = weight.copy(), bias.copy()
