@@ -139,7 +139,7 @@ class LiveLoop(Generic[S]):
         """Seconds of learning so far."""
         self.busy_since: float | None = None
         """When the letter in work was begun; None while there is none."""
-        self.source = Delta.source()
+        self.source = predictor.source
         self.learned: Learned[S] = begin or Learned(method.init())
         self._put_in_force(self.learned)
 
@@ -343,7 +343,7 @@ class LiveLoop(Generic[S]):
             return self.source
         if learned.slot == GIVEN:
             return learned.given or self.source
-        return self.method.delta(learned.state)
+        return self.method.delta(learned.state) or self.source
 
     def _put_in_force(self, learned: Learned[S]) -> None:
         self.predictor.apply(self.wanted(learned))

@@ -40,8 +40,8 @@ class Predictor:
         self.passes = 0
         """Frames that went through the engine so far, looks and views included."""
         self._merge = Merger(bundle)
-        source = Delta.source()
-        self._source = self._in_force = InForce(source, self._affine(source), 0)
+        self.source = Delta.source()
+        self._source = self._in_force = InForce(self.source, self._affine(self.source), 0)
 
     @property
     def delta(self) -> Delta:
