@@ -61,14 +61,26 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for results.json and report.html")] = Path("runs/demo"),
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
     limit: Annotated[int | None, typer.Option(help="frames of each shift")] = None,
+    agent: Annotated[bool, typer.Option("--agent", help="broker, agent and page until Ctrl-C, instead")] = False,
+    fps: Annotated[float, typer.Option(help="with --agent: frames a second", min=0.1, max=1000)] = 15.0,
+    seconds: Annotated[float | None, typer.Option(help="with --agent: end by itself", min=0.1)] = None,
 ) -> None:
     """The main job on real handwritten digits, with no network and no data of yours: train, export, adapt, report."""
-    from benchmarks.demo import run
+    from benchmarks.demo import run, weather
+    from edge_adapt.plugins import DEMOS, find
     from edge_adapt.threads import one_thread
 
     one_thread()
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=True)
+
+    if agent:
+        with progress_bar() as progress:
+            bundle, parts = weather(progress, tell)
+        raise typer.Exit(find(DEMOS, "agent")(bundle, parts, fps=fps, seconds=seconds, report=tell))
     with progress_bar() as progress:
-        results = run(progress, lambda text: typer.echo(text, err=True), limit=limit)
+        results = run(progress, tell, limit=limit)
     publish(results, out, json_file)
 
 

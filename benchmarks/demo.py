@@ -20,6 +20,7 @@ from benchmarks.replay import Progress, Replay, replay
 from edge_adapt.bundle import Bundle, InputSpec
 from edge_adapt.delta import write_atomically
 from edge_adapt.preprocess import Preprocess
+from edge_adapt.streams.corruptions import corrupt
 from edge_adapt.streams.data import Dataset, digits
 from exporters.export import export, from_module
 
@@ -33,6 +34,9 @@ SHIFTS = (
 )
 METHODS = ("source", "moments", "tent", "cotta")
 EPOCHS, BATCH = 12, 32
+WEATHER = ("fog", "gaussian_noise", "contrast", "snow")
+SEVERITY, STRETCH = 5, 450
+"""Of the agent's stream: frames of each stretch, and how bad the weather is."""
 
 
 class DigitNet(nn.Module):
@@ -56,13 +60,29 @@ class DigitNet(nn.Module):
 
 def run(progress: Progress, report: Report, *, limit: int | None = None) -> dict[str, Any]:
     """Train on one half of the digits (or take what was trained before), export, replay the other half."""
-    data = digits()
-    order = np.random.default_rng(0).permutation(len(data))
-    half = len(data) // 2
-    train, test = _part(data, order[:half]), _part(data, order[half:])
+    train, test = _halves()
     bundle = _bundle(train, progress, report)
     plan = Replay(methods=METHODS, batch_size=32, corruptions=SHIFTS, limit=limit)
     return replay(bundle, test, plan, progress=progress)
+
+
+def weather(progress: Progress, report: Report) -> tuple[Path, dict[str, Array]]:
+    """For an agent: the same network as a bundle, and the other half of the digits in changing weather."""
+    train, test = _halves()
+    bundle = _bundle(train, progress, report)
+    assert test.images is not None
+    parts = {"clean": test.images[:STRETCH]}
+    for number, shift in enumerate(WEATHER):
+        parts[shift] = corrupt(test.images[:STRETCH], shift, SEVERITY, seed=number)
+    return bundle.path, parts
+
+
+def _halves() -> tuple[Dataset, Dataset]:
+    """To train on, and to test with."""
+    data = digits()
+    order = np.random.default_rng(0).permutation(len(data))
+    half = len(data) // 2
+    return _part(data, order[:half]), _part(data, order[half:])
 
 
 def cache_folder() -> Path:

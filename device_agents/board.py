@@ -38,7 +38,7 @@ class Status:
     method: str = ""
     engine: str = ""
     slot: str = "source"
-    """Which adapter answers: `source`, `A` or `B`."""
+    """Which adapter answers: `source`, `own` or `adapter`, one that came from outside."""
     version: int = 0
     """Rises with every change of what is in force."""
     on_probation: bool = False
@@ -46,7 +46,7 @@ class Status:
     """True while somebody told it not to learn."""
     answered: int = 0
     frames: Mapping[str, int] = field(default_factory=dict)
-    """Frames not answered from the model, or not learned from, by reason: `dropped`, `shape`, `nan`, `frozen sensor`."""
+    """Frames not answered from the model, or not learned from, by reason: `dropped`, `shape`, `nan`, `frozen`."""
     fps: float | None = None
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     """p50, p95, p99 of the latest answers, from taking the frame to the answer."""

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Mode = Literal["shadow", "recommend", "bounded_auto"]
 Positive = Annotated[float, Field(gt=0)]
-SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -161,7 +160,7 @@ class PageSettings(_Strict):
 class AgentSettings(_Strict):
     """One agent on one device."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     site: str = Field("site", description="where the device stands; a level of its topics")
     device: str = Field("device", description="its name: level of its topics, client id, name of its certificate")
     bundle: Path = Field(description="folder of a bundle made by `edge-adapt export`")

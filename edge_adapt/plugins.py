@@ -8,7 +8,8 @@ from typing import Any
 from edge_adapt.errors import ConfigError, EngineError, did_you_mean
 
 METHODS, WRAPPERS = "edge_adapt.methods", "edge_adapt.wrappers"
-ENGINES, COMMANDS = "edge_adapt.engines", "edge_adapt.commands"
+ENGINES, COMMANDS, CHECKS = "edge_adapt.engines", "edge_adapt.commands", "edge_adapt.checks"
+DEMOS = "edge_adapt.demos"
 
 
 def names(group: str) -> list[str]:

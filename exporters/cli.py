@@ -1,4 +1,4 @@
-"""`edge-adapt export`, `info` and `check`: arguments only."""
+"""`edge-adapt export` and `info`, and `check` for a bundle: arguments only."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def info(
         typer.echo(f"{name:>12}  {text}")
 
 
-def check(bundle: Annotated[Path, typer.Argument(help="folder of a bundle")]) -> None:
-    """Verify hashes, schema and parity again. Exit code 2 if anything is wrong."""
+def check(bundle: Path) -> None:
+    """Verify hashes, schema and parity again: `edge-adapt check BUNDLE`. Raises: EdgeAdaptError for what is wrong."""
     from edge_adapt.threads import one_thread
     from exporters.export import check as run
 

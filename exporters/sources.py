@@ -153,7 +153,7 @@ def _from_file(
         name=path.stem,
         module=None,
         network=network,
-        input=InputSpec(shape=shape, layout=layout, scale=fed[0], mean=fed[1], std=fed[2]),  # type: ignore[arg-type]
+        input=InputSpec(shape=shape, layout=layout, scale=fed[0], mean=fed[1], std=fed[2]),
         classes=tuple(classes) if classes else None,
         cut=None,
         provenance={"model": path.name, "weights": _fingerprint(path)},

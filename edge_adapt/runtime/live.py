@@ -30,10 +30,11 @@ from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Method, Observ
 from edge_adapt.runtime.budget import Budget
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.runtime.probation import Probation, Verdict
+from edge_adapt.runtime.shadow import Shadow
 
 Array = NDArray[Any]
 Slot = str
-SOURCE, OWN, GIVEN = "source", "A", "B"
+SOURCE, OWN, GIVEN = "source", "own", "adapter"
 """Which adapter answers: none; what this device learned; what came from outside."""
 WATCHED = 256
 """Answers that may wait to be shown to the method."""
@@ -49,13 +50,13 @@ class Learned(Generic[S]):
     slot: Slot = OWN
     """Which adapter shall answer."""
     given: Delta | None = None
-    """The adapter in slot B."""
+    """The adapter that came from outside."""
     probation: Probation | None = None
     """While it is on trial."""
     frozen: bool = False
     """True while nothing is to be learned."""
-    answering: bool = True
-    """False in the modes that only watch: source answers, whatever the slot."""
+    may_answer: tuple[Slot, ...] = (OWN, GIVEN)
+    """Slots that may answer; where another one is chosen, source does."""
     failures: int = 0
     """Steps in a row that failed."""
     done: int = 0
@@ -139,6 +140,8 @@ class LiveLoop(Generic[S]):
         """Seconds of learning so far."""
         self.busy_since: float | None = None
         """When the letter in work was begun; None while there is none."""
+        self.shadow = Shadow()
+        """What the answers would be in the modes that only watch. The learning thread's; nothing is decided by it."""
         self.source = predictor.source
         self.learned: Learned[S] = begin or Learned(method.init())
         self._put_in_force(self.learned)
@@ -200,7 +203,7 @@ class LiveLoop(Generic[S]):
     def _corrected(self, learned: Learned[S], answered: Answered) -> Array:
         """The method's last word on an answer, where what it learned answers. What it makes of its state is dropped
         here: the learning thread does it again, in order."""
-        if not (self.method.watches and learned.answering and learned.slot == OWN):
+        if not self.method.watches or self._slot(learned) != OWN:
             return answered.logits
         logits = self.method.watch(learned.state, answered).logits
         return answered.logits if logits is None else logits
@@ -305,7 +308,11 @@ class LiveLoop(Generic[S]):
         self.counts["looks"] += len(seen.frames)
         self.counts["steps"] += 1
         step = self.method.step(learned.state, seen)
-        tried, events = self._tried(replace(learned, state=step.state), seen)
+        new = replace(learned, state=step.state)
+        if OWN not in learned.may_answer:
+            own = self.method.delta(step.state)
+            self.shadow = self.shadow.after(seen, own) if own else self.shadow
+        tried, events = self._tried(new, seen)
         return tried, (*step.events, *events)
 
     def _tried(self, learned: Learned[S], seen: Observation) -> tuple[Learned[S], tuple[str, ...]]:
@@ -339,11 +346,14 @@ class LiveLoop(Generic[S]):
 
     def wanted(self, learned: Learned[S]) -> Delta:
         """What shall be in force."""
-        if not learned.answering or learned.slot == SOURCE:
-            return self.source
-        if learned.slot == GIVEN:
-            return learned.given or self.source
-        return self.method.delta(learned.state) or self.source
+        slot = self._slot(learned)
+        if slot == OWN:
+            return self.method.delta(learned.state) or self.source
+        return (learned.given if slot == GIVEN else None) or self.source
+
+    def _slot(self, learned: Learned[S]) -> Slot:
+        """Which adapter answers."""
+        return learned.slot if learned.slot in learned.may_answer else SOURCE
 
     def _put_in_force(self, learned: Learned[S]) -> None:
         self.predictor.apply(self.wanted(learned))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 """Wait before a second restart in a row, and the longest it doubles to."""
@@ -18,7 +18,7 @@ Happening = Literal["restarted", "given up"]
 class Stage(Protocol):
     """A part of the agent with a thread of its own."""
 
-    name: str
+    name: ClassVar[str]
 
     def silent_s(self, now: float) -> float:
         """Seconds since it last showed life; infinity if its thread is dead. Having nothing to do is no silence."""

@@ -146,13 +146,14 @@ def test_a_record_of_another_run_is_refused(made, tiny_frames):
 
 def test_modes_that_only_watch_answer_from_source_and_learn(made, tiny_frames):
     loop = made(begin=None)
-    loop.ask(lambda learned: replace(learned, answering=False))
+    loop.ask(lambda learned: replace(learned, may_answer=()))
     for start in range(0, 64, 8):
         reply = loop.answer(dark(tiny_frames[start : start + 8]))
         assert reply.version == 0
         while loop.work():
             pass
-    learned = loop.ask(lambda learned: replace(learned, answering=True))
+    assert loop.shadow.looks > 0 and 0 <= loop.shadow.agreement <= 1
+    learned = loop.ask(lambda learned: replace(learned, may_answer=("own",)))
     loop.work()
     assert loop.wanted(learned.result()) and loop.predictor.version > 0
 
@@ -198,7 +199,7 @@ def test_an_adapter_that_does_harm_is_rolled_back_within_its_probation(made, tin
     loop.work()
     assert loop.predictor.delta is harmful
     play(loop, tiny_frames, 6)
-    assert loop.learned.slot == "A" and loop.learned.given is None
+    assert loop.learned.slot == "own" and loop.learned.given is None
     assert any(event.startswith("rollback: adapter on probation") for event in loop.events)
 
 

@@ -1,0 +1,113 @@
+"""The core: bundle, engine, method and live loop of an agent, and how they are made anew when one of them is stuck."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from device_agents.settings import AgentSettings, BudgetSettings
+from edge_adapt.bundle import Bundle
+from edge_adapt.engines.protocol import Engine
+from edge_adapt.errors import EngineError
+from edge_adapt.methods.catalogue import build
+from edge_adapt.methods.protocol import Context, Method
+from edge_adapt.plugins import ENGINES, find
+from edge_adapt.preprocess import Preprocess
+from edge_adapt.runtime.budget import Budget, Limits
+from edge_adapt.runtime.live import GIVEN, OWN, SOURCE, Learned, LiveLoop
+from edge_adapt.runtime.predictor import Predictor
+from edge_adapt.tail import Tail
+
+Loop = LiveLoop[Any]
+WARM_UPS = 2
+"""Answers given before the first frame, so that none pays for a cold engine."""
+
+
+class Core:
+    """What answers and learns. `loop` is replaced whole by `rebuild`; a reader keeps the one that it took."""
+
+    def __init__(self, settings: AgentSettings, tell: Callable[[str], None]) -> None:
+        """tell: takes events of the method and its guards, in the learning thread.
+
+        Raises: ConfigError, ArtifactError, EngineError.
+        """
+        self.settings, self._tell = settings, tell
+        self.bundle = Bundle.load(settings.bundle)
+        self.preprocess = Preprocess(self.bundle.manifest.input)
+        tail = lru_cache(maxsize=1)(lambda: Tail(self.bundle))
+        chosen = settings.method
+        self.method: Method[Any] = build(
+            chosen.name, Context(self.bundle, tail, seed=chosen.seed, settings=dict(chosen.settings))
+        )
+        self.budget = Budget(limits_of(settings.budget), time.monotonic)
+        self.loop = self._made(None)
+        self.rebuilds = 0
+        self.warm_up_s = 0.0
+        """Seconds that the first answers took."""
+
+    @property
+    def learned(self) -> Learned[Any]:
+        return self.loop.learned
+
+    def rebuild(self) -> None:
+        """Another engine and another loop, from what was learned last; the old ones are left to whoever is stuck in
+        them. Raises: EngineError."""
+        old = self.loop
+        self.loop = self._made(old.learned)
+        self.loop.counts.update(old.counts)
+        self.loop.learn_s = old.learn_s
+        self.rebuilds += 1
+        old.close()
+
+    def freeze(self) -> None:
+        """Learn nothing more, and answer from source: the learner was given up, so nobody is asked."""
+        loop = self.loop
+        loop.learned = replace(loop.learned, frozen=True, slot=SOURCE, probation=None, given=None)
+        loop.predictor.apply(loop.source)
+
+    def set_mode(self, mode: str) -> Callable[[Learned[Any]], Learned[Any]]:
+        """A wish for `LiveLoop.ask`."""
+        return lambda learned: replace(learned, may_answer=may_answer(mode))
+
+    def warm_up(self) -> None:
+        """Run every session once that answers and looks will use. Raises: EngineError."""
+        loop, started = self.loop, time.monotonic()
+        frames = np.zeros((1, *self.bundle.manifest.input.shape), np.float32)
+        needs = loop.method.needs | loop.method.watches
+        for _ in range(WARM_UPS):
+            loop.predictor.answer(frames)
+            if needs:
+                loop.predictor.look(frames, needs)
+        self.warm_up_s = time.monotonic() - started
+
+    def _made(self, begin: Learned[Any] | None) -> Loop:
+        settings = self.settings
+        kind = find(ENGINES, settings.engine.name)
+        reason = kind.probe()
+        if reason is not None:
+            raise EngineError(f"engine {settings.engine.name!r} cannot run here: {reason}", remedy="use onnxruntime")
+        engine: Engine = kind(self.bundle, threads=settings.engine.threads)
+        begin = begin or Learned(self.method.init(), may_answer=may_answer(settings.mode))
+        return LiveLoop(
+            Predictor(self.bundle, engine),
+            self.method,
+            self.budget,
+            queue=settings.budget.queue,
+            begin=begin,
+            tell=self._tell,
+        )
+
+
+def may_answer(mode: str) -> tuple[str, ...]:
+    """Slots that may answer in a mode: none; what somebody approved; also what the device learned by itself."""
+    return {"shadow": (), "recommend": (GIVEN,)}.get(mode, (OWN, GIVEN))
+
+
+def limits_of(budget: BudgetSettings) -> Limits:
+    """The part of the settings that the budget keeps."""
+    return Limits(budget.learn_ms_per_s, budget.memory_mb, budget.temperature_c, budget.power_w)

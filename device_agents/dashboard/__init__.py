@@ -1,0 +1,1 @@
+"""The local page: one small server on the device, loopback by default."""
