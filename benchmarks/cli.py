@@ -117,6 +117,46 @@ def latency(
         write_json(json_file, figures)
 
 
+@bench.command("agent")
+def agent(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    data: Annotated[str, typer.Option(help="images: .npz, folder, or sklearn:digits")],
+    method: Annotated[str, typer.Option(help="what learns")] = "auto",
+    fps: Annotated[float, typer.Option(help="camera pace", min=0.1)] = 15.0,
+    frames: Annotated[int, typer.Option(help="answers of each block", min=10)] = 150,
+    rounds: Annotated[int, typer.Option(help="blocks of each kind", min=1)] = 4,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the figures")] = None,
+) -> None:
+    """What learning costs the answers: off, in a thread and in a process, in turns."""
+    from benchmarks.agent import agent_latency
+    from edge_adapt.bundle import Bundle
+    from edge_adapt.streams.data import load_data
+    from edge_adapt.threads import one_thread
+
+    one_thread()
+    loaded = Bundle.load(bundle)
+    with progress_bar() as progress:
+        figures = agent_latency(
+            loaded,
+            load_data(data, loaded.manifest.classes),
+            method=method,
+            fps=fps,
+            frames=frames,
+            rounds=rounds,
+            progress=progress,
+        )
+    typer.echo(f"{'pace':>10} {'learning':>10} {'p50 ms':>9} {'ratio':>7} {'p99 ms':>9} {'ratio':>7}")
+    for row in figures["rows"]:
+        typer.echo(
+            f"{row['pace']:>10} {row['learning']:>10} {row['p50_ms']:9.2f} {row['p50_ratio']:7.3f} "
+            f"{row['p99_ms']:9.2f} {row['p99_ratio']:7.3f}"
+        )
+    for way, facts in figures["facts"].items():
+        typer.echo(f"{way:>10}  {facts['steps']} steps, {facts['missed_at_camera_pace']} frames missed at camera pace")
+    if json_file is not None:
+        write_json(json_file, figures)
+
+
 @bench.command("learner")
 def learner(
     bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from device_agents.sender import Pace, Sender
 from device_agents.settings import MqttSettings
 from device_agents.tls import days_left
 from device_agents.topics import Topics
-from edge_adapt.errors import ConfigError
+from edge_adapt.errors import ConfigError, StateError
 
 log = logging.getLogger(__name__)
 ALARM_DAYS = 14.0
@@ -325,7 +326,8 @@ class Courier:
         self.connects += 1
         self._up_ms = now
         self._sender.begin(link, up, now)
-        link.subscribe(self._filters)
+        with suppress(StateError):  # down again already: that news is on its way
+            link.subscribe(self._filters)
 
     def _subscribed(self, answer: Subscribed) -> None:
         refused = [each for each, code in zip(self._filters, answer.codes, strict=False) if code >= 0x80]

@@ -172,13 +172,15 @@ class Link:
     def close(self, timeout_s: float = 1.0, *, graceful: bool = False) -> bool:
         """End the link. `graceful` sends DISCONNECT, so that the will is not sent. False: its thread hangs."""
         client, self._closing, self._up = self._client, True, False
-        if client is not None and self._thread.is_alive():
-            if graceful:
-                client.disconnect()
-                self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            return True
+        if client is not None and graceful:
+            client.disconnect()
+            self._thread.join(timeout_s)
+        if client is not None:
             with suppress(OSError, AttributeError):  # AttributeError: the socket went meanwhile
                 client.socket().shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
-            self._thread.join(timeout_s)
+        self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # inside

@@ -53,13 +53,13 @@ class Manifest(BaseModel):
     schema_version: Literal[1] = 1
     sha256: Sha256
     """Of the delta."""
-    bundle: Annotated[str, Field(max_length=64)]
+    bundle: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     """Id of the bundle that it was learned on; another one with the same backbone and labels will do."""
     backbone: Sha256
     labels: Sha256
-    created: Annotated[str, Field(max_length=64)]
+    created: Annotated[str, Field(pattern=r"^[0-9T:.+Z-]{10,40}$")]
     min_runtime: Annotated[str, Field(pattern=r"^\d{1,6}(\.\d{1,6}){0,3}$")]
-    method: Annotated[str, Field(max_length=256)] = ""
+    method: Annotated[str, Field(pattern="^[ -~]{0,256}$")] = ""
     note: Annotated[str, Field(max_length=4096)] = ""
     key: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     """Id of the key that signed."""
@@ -287,7 +287,7 @@ def _check_fit(manifest: Manifest, bundle: Bundle) -> None:
         raise ArtifactError(f"the package needs edge-adapt {manifest.min_runtime}, this is {here}", remedy=_UPGRADE)
     for what, theirs, ours in (
         ("backbone", manifest.backbone, backbone_of(bundle)),
-        ("classes", manifest.labels, labels_of(bundle)),
+        ("set of classes", manifest.labels, labels_of(bundle)),
     ):
         if theirs != ours:
             raise StateError(

@@ -41,6 +41,8 @@ class Pace:
     event_rate: float = 5.0
     event_burst: float = 50.0
     tele_expiry_s: int = 20
+    suspect_ms: int = 1000
+    """A message that may be poison is sent again only on a link that has held for so long, and alone."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Sender:
         self._values: dict[str, Kept] = {topic: Kept(None) for topic in outbox.remembered()}
         self._flights: dict[int, Flight] = {}
         self._live: deque[tuple[int, str, bytes]] = deque()
-        self._order = self._historic = 0
+        self._order = self._historic = self._begun_ms = 0
         self._drain = Bucket(pace.drain_per_s, max(1.0, pace.drain_per_s / 10))
         self._tries: Counter[int] = Counter()
         self._alone: Counter[int] = Counter()
@@ -103,6 +105,7 @@ class Sender:
         self._limit = min(self._max_payload, largest)
         self._window = min(self._pace.in_flight, up.in_flight)
         self._link, self.alive_ms, self._historic = link, now, self._outbox.last_id
+        self._begun_ms = now
         first = (self._topics.birth, self._topics.state)
         order = sorted(self._values, key=lambda topic: first.index(topic) if topic in first else len(first))
         self._values = {topic: self._values[topic] for topic in order}
@@ -120,7 +123,7 @@ class Sender:
         self._flights.clear()
 
     def _suspect(self) -> None:
-        """A message that the broker hung up on again and again, at last with nothing else in flight, is poison."""
+        """A message that the broker hung up on again and again, at last alone on a link that had held, is poison."""
         for flight in self._flights.values():
             if flight.row is None:
                 continue
@@ -235,10 +238,13 @@ class Sender:
         return self._envelopes.wrap(data, numbered=False)
 
     def _send_rows(self, now: int) -> None:
-        underway = {flight.row.id for flight in self._flights.values() if flight.row is not None}
-        for row in self._outbox.next(self._window - len(self._flights), underway):
+        skipped = {flight.row.id for flight in self._flights.values() if flight.row is not None}
+        suspects = {id_ for id_, tries in self._tries.items() if tries >= SUSPECT}
+        if now - self._begun_ms < self._pace.suspect_ms:
+            skipped |= suspects  # the rest goes first; a link that flaps must not make anything look like poison
+        for row in self._outbox.next(self._window - len(self._flights), skipped):
             late = row.id <= self._historic
-            suspect = self._tries[row.id] >= SUSPECT
+            suspect = row.id in suspects
             if not self._free() or (suspect and self._flights):
                 return
             if late and row.store != "ack" and not self._drain.take(now):

@@ -15,6 +15,17 @@ IGNORE_DATES = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, which the ssl module does 
 DAY_S = 86_400.0
 
 
+class _Tidy(ssl.SSLSocket):
+    """Closes itself when the handshake fails; paho would leave it open."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+
 def tls_context(tls: TlsSettings, *, clock_unset: bool) -> ssl.SSLContext:
     """TLS 1.2 or newer; the broker's name and its chain to our authority are checked.
 
@@ -24,6 +35,7 @@ def tls_context(tls: TlsSettings, *, clock_unset: bool) -> ssl.SSLContext:
     Raises: ConfigError if a file is missing or is no PEM.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _Tidy
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if clock_unset and tls.accept_wrong_clock:
         context.verify_flags |= IGNORE_DATES

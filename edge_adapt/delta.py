@@ -43,6 +43,10 @@ class Delta(Mapping[str, Array]):
             frozen[name] = array
         object.__setattr__(self, "tensors", MappingProxyType(frozen))
 
+    def __reduce__(self) -> tuple[type[Delta], tuple[dict[str, Array]]]:
+        """For another process of ours; files and messages hold safetensors."""
+        return type(self), (dict(self.tensors),)
+
     @classmethod
     def source(cls) -> Delta:
         """The identity: the model as exported."""

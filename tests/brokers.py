@@ -222,6 +222,7 @@ class Observer:
         self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         self.client.on_message = lambda _c, _u, message: self.seen.append(message)
         self.client.on_subscribe = lambda *_: self._ready.set()
+        self.client.on_socket_open = lambda _c, _u, sock: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.client.on_connect = lambda *_: self.client.subscribe([(each, 1) for each in filters])
         if "tls" in facts:
             self.client.tls_set_context(facts["tls"])

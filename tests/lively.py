@@ -1,4 +1,4 @@
-"""A board with a day's work on it, and a control that remembers what it was asked: for tests of page, metrics and top."""
+"""A board with a day's work on it, and a control that remembers what it was asked."""
 
 from __future__ import annotations
 

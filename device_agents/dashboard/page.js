@@ -200,6 +200,7 @@ function showEvents(events) {
     row.append(time, element("b", event.kind), text);
     place.prepend(row);
   }
+  setTimeout(() => place.setAttribute("aria-live", "polite"), SECOND);  // what was there before is not read out
   while (place.children.length > MOST_EVENTS) place.lastChild.remove();
   $("noevents").hidden = place.children.length > 0;
 }

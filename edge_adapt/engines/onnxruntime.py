@@ -126,8 +126,10 @@ class OnnxRuntimeEngine:
                 remedy="adapt norms and biases, or build the engine with live=False",
             )
         idle = self._idle or self._fresh()
-        with idle.lock:  # a run that began before the last swap may still read it
-            idle.write(update)
+        if idle.holds is not update:
+            with idle.lock:  # a run that began before the last swap may still read it
+                idle.write(update)
+            idle.holds = update
         return idle
 
     def _check(self, update: LiveUpdate) -> None:
@@ -235,6 +237,8 @@ class _Sessions(ABC):
         """[P, width], for a network that takes them."""
         self.tag: object = None
         """What the weights came with."""
+        self.holds: LiveUpdate | None = None
+        """What was written last: the same again need not be."""
         self._inputs = inputs
         self._made: dict[Key, ort.InferenceSession] = {}
 

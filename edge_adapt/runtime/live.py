@@ -1,13 +1,17 @@
 """The live loop: answer at once, learn elsewhere.
 
-Two threads share it. The answering one calls `answer`: it runs the engine, hands what it saw to a mailbox, and goes on.
-The learning one calls `work`: it takes one letter from the mailbox, lets the method make a new state of it, and puts
-what follows in force. A state is a value, so the answering thread may use the latest one that was published, for looks
-and last corrections, while the next one is being made. What the mailbox has no room for, or the budget no time, is shed
-and counted; an answer never is.
+Two threads share it. The answering one calls `answer`: it runs the engine, drops frames worth learning from into a
+mailbox, and goes on. The learning one calls `work`: it takes one letter from the mailbox, looks at its frames through
+the tapped twin on the bank of weights that nobody answers with, lets the method make a new state of what it saw, and
+puts what follows in force. That second pass costs more than to answer through the twin would; but it is paid from the
+budget of learning, on another core, and an answer takes as long as without any learning.
+
+A state is a value, so the answering thread may use the latest one that was published, for what to look at and for last
+corrections, while the next one is being made. What the mailbox has no room for, or the budget no time, is shed and
+counted; an answer never is.
 
 Everything that changes what is learned goes through the mailbox, also resets and other wishes from outside. So the
-letters in their order say all about a run: `Reply.done` and `Reply.versions` tell which state and which weights an
+letters in their order say all about a run: `Reply.done` and `Reply.version` tell which state and which weights an
 answer was given with, and a replay that waits for the same gives the same answers, bit for bit.
 """
 
@@ -21,7 +25,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edge_adapt.delta import Delta
@@ -69,8 +72,8 @@ class Reply:
 
     logits: Array
     """[N, K]."""
-    versions: tuple[int, ...]
-    """Changes of weights that they were given with, of the frames looked at and of the others; 0 is as exported."""
+    version: int
+    """Change of weights that they were given with; 0 is the model as exported."""
     done: int
     """Letters that the state behind them came from."""
     looked: int
@@ -78,14 +81,10 @@ class Reply:
     posted: tuple[bool, ...]
     """For each letter of this batch, whether the mailbox took it."""
 
-    @property
-    def version(self) -> int:
-        return self.versions[-1]
-
 
 @dataclass(frozen=True)
 class _Look:
-    seen: Observation
+    frames: Array
 
 
 @dataclass(frozen=True)
@@ -155,32 +154,17 @@ class LiveLoop(Generic[S]):
         """
         learned = self._current()
         count = self._to_look_at(learned, len(frames)) if learn else 0
-        parts: list[Answered] = []
-        posted: list[bool] = []
-        if count:
-            self._before_part(0)
-            seen = self.predictor.look(frames[:count], self._needs(learned))
-            posted.append(self._post(_Look(seen)))
-            parts.append(Answered.of(seen))
-            self._passed = 0
-        if count < len(frames):
-            self._before_part(len(parts))
-            parts.append(self.predictor.answer(frames[count:], features=FEATURES in self.method.watches))
-            self._passed += len(frames) - count if learn else 0
-        logits = []
-        for answered in parts:
-            if learn and self.method.watches and not learned.frozen:
+        answered = self.predictor.answer(frames, features=FEATURES in self.method.watches)
+        posted = [self._post(_Look(frames[:count]))] if count else []
+        if learn:
+            self._passed = len(frames) - count + (0 if count else self._passed)
+            if self.method.watches and not learned.frozen:
                 posted.append(self._post(_Watch(answered)))
-            logits.append(self._corrected(learned, answered))
-        versions = tuple(answered.version for answered in parts)
-        return Reply(np.concatenate(logits), versions, learned.done, count, tuple(posted))
+        return Reply(self._corrected(learned, answered), answered.version, learned.done, count, tuple(posted))
 
     def _current(self) -> Learned[S]:
         """What the next batch is answered with."""
         return self.learned
-
-    def _before_part(self, part: int) -> None:
-        """A replay waits here for the weights that the part was answered with."""
 
     def _needs(self, learned: Learned[S]) -> frozenset[str]:
         needs = self.method.needs | self.method.watches
@@ -302,8 +286,8 @@ class LiveLoop(Generic[S]):
             self.counts["watched"] += 1
             step = self.method.watch(learned.state, letter.answered)
             return replace(learned, state=step.state), step.events
-        seen = letter.seen
-        delta = seen.delta or self.source
+        delta = self.predictor.delta
+        seen = self.predictor.rehearse(letter.frames, delta, self._needs(learned))
         seen = replace(seen, trunk=lambda frames: self.predictor.trunk_aside(frames, delta))
         self.counts["looks"] += len(seen.frames)
         self.counts["steps"] += 1

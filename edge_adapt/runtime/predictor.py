@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
 from edge_adapt.engines.protocol import Engine, Observed
-from edge_adapt.merge import Merger
+from edge_adapt.merge import LiveUpdate, Merger
 from edge_adapt.methods.protocol import CUT, FEATURES, TAPS, Answered, Method, Observation
 from edge_adapt.taps import undo
 
@@ -30,6 +30,8 @@ class InForce:
     """Norm weight and bias, port scale and shift: what a tap has to be freed of."""
     version: int
     """Counts changes of weights; 0 is the model as exported."""
+    update: LiveUpdate
+    """The same for the engine."""
 
 
 class Predictor:
@@ -41,7 +43,7 @@ class Predictor:
         """Frames that went through the engine so far, looks and views included."""
         self._merge = Merger(bundle)
         self.source = Delta.source()
-        self._source = self._in_force = InForce(self.source, self._affine(self.source), 0)
+        self._source = self._in_force = self._given(self.source, 0)
 
     @property
     def delta(self) -> Delta:
@@ -81,9 +83,13 @@ class Predictor:
     def rehearse(self, frames: Array, delta: Delta, needs: frozenset[str]) -> Observation:
         """What frames would give with another delta, which is not put in force. Raises: StateError."""
         self.passes += len(frames)
-        update = self._merge(delta)
-        seen = self.engine.rehearse(update, frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs)
-        return self._observation(frames, seen, needs, InForce(delta, self._affine(delta), self.version))
+        given = self._in_force
+        if delta is not given.delta:
+            given = self._given(delta, given.version)
+        seen = self.engine.rehearse(
+            given.update, frames, cut=CUT in needs, taps=TAPS in needs, features=FEATURES in needs
+        )
+        return self._observation(frames, seen, needs, given)
 
     def _observation(self, frames: Array, seen: Observed, needs: frozenset[str], given: InForce) -> Observation:
         return Observation(
@@ -120,11 +126,13 @@ class Predictor:
         """Put another delta in force; True if it is another one. Raises: StateError, and the old one stays."""
         if delta is self.delta:
             return False
-        update = self._merge(delta)
-        given = InForce(delta, self._affine(delta), self.version + 1)
-        self.engine.apply(update, given)
+        given = self._given(delta, self.version + 1)
+        self.engine.apply(given.update, given)
         self._in_force = given
         return True
+
+    def _given(self, delta: Delta, version: int) -> InForce:
+        return InForce(delta, self._affine(delta), version, self._merge(delta))
 
     def _of(self, seen: Observed) -> InForce:
         """What an answer was given with, whatever was applied since."""

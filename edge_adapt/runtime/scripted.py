@@ -32,6 +32,7 @@ class ScriptedLoop(LiveLoop[S]):
         """Answer a batch as it was answered then. Raises: StateError if the record does not belong to this run."""
         self._until(lambda: self.learned.done >= recorded.done)
         self._held, self._recorded = self.learned, recorded
+        self._until(lambda: self.predictor.version >= recorded.version)
         self._taken = iter(recorded.posted)
         return self.answer(frames, learn=bool(recorded.posted))
 
@@ -61,10 +62,6 @@ class ScriptedLoop(LiveLoop[S]):
 
     def _to_look_at(self, learned: Learned[S], frames: int) -> int:
         return self._recorded.looked
-
-    def _before_part(self, part: int) -> None:
-        version = self._recorded.versions[part]
-        self._until(lambda: self.predictor.version >= version)
 
     def _post(self, letter: Any) -> bool:
         return super()._post(letter) if next(self._taken, False) else False

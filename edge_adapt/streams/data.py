@@ -60,12 +60,13 @@ def load_data(source: str | Path, classes: Sequence[str] | None = None) -> Datas
     """Read a data set.
 
     Args:
-        source: a .npz archive, a folder of images, `sklearn:digits`, or a recording that `recorded.py` knows, such as
-            `har:PATH` for its stream and `har-source:PATH` for what its model was trained on.
+        source: a .npz archive, a folder of images, the recording of an agent, `sklearn:digits`, or a data set that
+            `recorded.py` knows, such as `har:PATH` for its stream and `har-source:PATH` for what its model saw.
         classes: class names of the model, to number the folders of an image folder.
     Raises: DataError naming the file and what is wrong with it.
     """
     from edge_adapt.streams.recorded import RECORDED
+    from edge_adapt.streams.recording import is_recording, load_recording
 
     if str(source) == DIGITS:
         return digits()
@@ -74,7 +75,7 @@ def load_data(source: str | Path, classes: Sequence[str] | None = None) -> Datas
         return RECORDED[kind](Path(place))
     path = Path(source)
     if path.is_dir():
-        return image_folder(path, classes)
+        return load_recording(path) if is_recording(path) else image_folder(path, classes)
     if not path.exists():
         known = ", ".join(f"{name}:PATH" for name in RECORDED)
         raise DataError(f"{path} does not exist", remedy=f"give a .npz archive, an image folder, {DIGITS}, or {known}")

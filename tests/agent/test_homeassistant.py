@@ -100,7 +100,9 @@ def test_figures_expire_when_they_are_not_told_any_more_and_the_state_does_not()
     assert "expire_after" not in entities["state"]  # retained; the will of the broker ends it
 
 
-@pytest.mark.parametrize(("state", "shown"), [("ready", "online"), ("safe", "online"), ("lost", "offline"), ("offline", "offline")])
+@pytest.mark.parametrize(
+    ("state", "shown"), [("ready", "online"), ("safe", "online"), ("lost", "offline"), ("offline", "offline")]
+)
 def test_the_will_makes_the_device_unavailable(state: str, shown: str) -> None:
     [availability] = discovery(settings(), TOPICS, version="0.1.0")[1]["availability"]
     assert availability["topic"] == TOPICS.state
@@ -108,7 +110,16 @@ def test_the_will_makes_the_device_unavailable(state: str, shown: str) -> None:
 
 
 def test_two_devices_never_share_an_id() -> None:
-    pairs = [("a-b", "c"), ("a", "b-c"), ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a-2Eb", "c"), ("a-", "b"), ("a", "b")]
+    pairs = [
+        ("a-b", "c"),
+        ("a", "b-c"),
+        ("a_b", "c"),
+        ("a", "b_c"),
+        ("a.b", "c"),
+        ("a-2Eb", "c"),
+        ("a-", "b"),
+        ("a", "b"),
+    ]
     ids = [node_id(settings(site=site, device=device)) for site, device in pairs]
     assert len(set(ids)) == len(pairs)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", id) for id in ids)

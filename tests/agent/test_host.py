@@ -40,7 +40,14 @@ def test_the_hottest_zone_that_makes_sense(tmp_path: Path) -> None:
 def test_power_is_that_of_the_rail_that_feeds_the_board(tmp_path: Path) -> None:
     chip = tmp_path / "sys/class/hwmon/hwmon3"
     put(chip, name="ina3221\n", in1_label="VDD_IN\n", in1_input="5000", curr1_input="1480")
-    put(chip, in2_label="VDD_CPU_GPU_CV", in2_input="5000", curr2_input="600", in7_label="sum of shunt voltages", in7_input="3")
+    put(
+        chip,
+        in2_label="VDD_CPU_GPU_CV",
+        in2_input="5000",
+        curr2_input="600",
+        in7_label="sum of shunt voltages",
+        in7_input="3",
+    )
     assert read_host(tmp_path)["power_w"] == pytest.approx(7.4)
 
 

@@ -86,7 +86,9 @@ def test_what_is_not_known_is_left_out() -> None:
 
 def test_names_from_outside_cannot_break_the_text() -> None:
     board = Board()
-    board.update(guards={'evil"} 1\nedge_adapt_fake 7 # {': 3}, device="line\nbreak\\", latency_ms={"p50": float("nan")})
+    board.update(
+        guards={'evil"} 1\nedge_adapt_fake 7 # {': 3}, device="line\nbreak\\", latency_ms={"p50": float("nan")}
+    )
     board.answered(Point(START, "a", 0.9, None, float("nan"), 1))
     found = samples(board)
     assert value(found, "guard_events_total", guard='evil"} 1\nedge_adapt_fake 7 # {') == 3

@@ -48,11 +48,11 @@ def parts(data: bytes) -> tuple[dict, bytes, bytes]:
     return json.loads(data[start : ends[0]]), data[ends[0] : ends[1]], data[ends[1] :]
 
 
-def forged(data: bytes, key: Ed25519PrivateKey | None = KEY, body: bytes | None = None, **changes: object) -> bytes:
+def forged(data: bytes, signer: Ed25519PrivateKey | None = KEY, body: bytes | None = None, **changes: object) -> bytes:
     """The same package saying something else, signed again; without a key it keeps its signature."""
     manifest, signature, old = parts(data)
     said = json.dumps({**manifest, **changes}, sort_keys=True, separators=(",", ":")).encode()
-    signature = signature if key is None else key.sign(PURPOSE + said)
+    signature = signature if signer is None else signer.sign(PURPOSE + said)
     body = old if body is None else body
     return MAGIC + LENGTHS.pack(len(said), len(signature), len(body)) + said + signature + body
 
@@ -125,7 +125,7 @@ def test_a_signature_made_for_something_else_does_not_fit(good, device_bundle):
         ({"schema_version": 2}, ArtifactError, "schema 2, this version reads up to 1"),
         ({"min_runtime": "99.0"}, ArtifactError, r"needs edge-adapt 99\.0"),
         ({"backbone": "0" * 64}, StateError, "another backbone"),
-        ({"labels": "0" * 64}, StateError, "another classes"),
+        ({"labels": "0" * 64}, StateError, "another set of classes"),
         ({"sha256": "0" * 64}, ArtifactError, "not the one that was signed"),
         ({"extra": 1}, ArtifactError, "extra"),
         ({"note": 5}, ArtifactError, "note"),
@@ -154,7 +154,7 @@ def test_a_signed_delta_that_is_bad_is_refused(good, device_bundle, tensors, rea
 
 def test_another_bundle_is_refused(good, device_bundle, reference_bundle):
     other = device_bundle.manifest.model_copy(update={"classes": tuple("abcde")})
-    with pytest.raises(StateError, match="another classes"):
+    with pytest.raises(StateError, match="another set of classes"):
         verify(good, TRUSTED, Bundle(device_bundle.path, other, device_bundle.source))
     if package.backbone_of(reference_bundle) != package.backbone_of(device_bundle):
         with pytest.raises(StateError, match="another backbone"):

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from power import Recorder, after_cut
 
 import edge_adapt.delta
+from device_agents import package
+from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
-from edge_adapt.errors import StateError
+from edge_adapt.errors import EdgeAdaptError, StateError
 from edge_adapt.runtime import snapshots
 from edge_adapt.runtime.snapshot_file import Facts
 from edge_adapt.runtime.snapshots import SnapshotStore
@@ -413,3 +416,65 @@ def test_a_snapshot_that_the_disk_will_not_read_is_left_where_it_is(tmp_path, mo
     assert "Input/output error" in store.take_reports()[0]
     assert (tmp_path / "B.safetensors").exists()
     assert edge_adapt.delta.write_atomically is snapshots.write_atomically
+
+
+SIGNER, STRANGER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+
+
+def packed(bundle, key: Ed25519PrivateKey = SIGNER) -> bytes:
+    return package.pack(good_delta(bundle), bundle, key)
+
+
+def unsigned(bundle) -> bytes:
+    data, start = packed(bundle), len(package.MAGIC)
+    manifest, signature, body = package.LENGTHS.unpack_from(data, start)
+    head = start + package.LENGTHS.size + manifest
+    lengths = package.LENGTHS.pack(manifest, 0, body)
+    return data[:start] + lengths + data[start + package.LENGTHS.size : head] + data[head + signature :]
+
+
+BAD_PACKAGES: dict[str, tuple[Callable[..., bytes], str]] = {
+    "unsigned": (unsigned, "not signed"),
+    "signed by a stranger": (lambda bundle: packed(bundle, STRANGER), "not trusted"),
+    "damaged": (lambda bundle: flip(packed(bundle)), "not the one that was signed"),
+    "cut off": (lambda bundle: packed(bundle)[:-1], "damaged"),
+    "empty": (lambda bundle: b"", "no package"),
+}
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("bad", [*BAD_PACKAGES, "another backbone"])
+def test_a_bad_adapter_is_refused_and_changes_nothing(device_bundle, tmp_path, bad):
+    """R6: what is not signed for this model by somebody trusted never reaches the slots."""
+    store = SnapshotStore.of(tmp_path, device_bundle)
+    store.save(good_delta(device_bundle), Facts(version=1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if bad == "another backbone":
+        names = [site.model_copy(update={"name": f"{site.name}.x"}) for site in device_bundle.manifest.sites]
+        manifest = device_bundle.manifest.model_copy(update={"sites": tuple(names)})
+        data, reason = packed(Bundle(device_bundle.path, manifest, device_bundle.source)), "another backbone"
+    else:
+        make, reason = BAD_PACKAGES[bad]
+        data = make(device_bundle)
+    with pytest.raises(EdgeAdaptError, match=reason):
+        store.put_adapter(package.verify(data, [SIGNER.public_key()], device_bundle).delta, Facts())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not store.pending
+
+
+@pytest.mark.fault(31)
+def test_an_adapter_that_is_no_good_leaves_the_snapshot_of_before_in_force(device_bundle, tmp_path):
+    """R6: whatever becomes of the trial, the slots are as they were until it is passed."""
+    store = SnapshotStore.of(tmp_path, device_bundle)
+    store.save(Delta({PORT_SCALE: np.full(device_bundle.channels, 1.2)}), Facts(version=1))
+    found = package.verify(packed(device_bundle), [SIGNER.public_key()], device_bundle)
+    store.put_adapter(found.delta, found.facts(0))
+    trial = store.begin_trial()
+    assert trial is not None and trial.delta.same_as(good_delta(device_bundle))
+    for _ in range(2):  # also after a restart in the middle of it
+        latest = SnapshotStore.of(tmp_path, device_bundle).load_latest()
+        assert latest is not None and latest.facts.version == 1
+    store.rollback()
+    latest = store.load_latest()
+    assert latest is not None and latest.facts.version == 1
+    assert not store.pending

@@ -55,7 +55,7 @@ def running():
 
     def run(source, ring: Ring[Frame] | None = None, **facts) -> tuple[Intake, Ring[Frame], list[tuple[str, str]]]:
         told: list[tuple[str, str]] = []
-        ring = ring or Ring(10_000)
+        ring = Ring(10_000) if ring is None else ring
         intake = Intake(source, ring, tell=lambda *what: told.append(what), retry_s=(0.01, 0.05), **facts)
         intake.start()
         started.append(intake)

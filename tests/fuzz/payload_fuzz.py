@@ -1,0 +1,308 @@
+"""Fuzz: generated payloads over every topic that an agent listens to. Nothing raises, what is wrong changes nothing and
+is refused by name, and what comes twice runs once.
+
+Usage: payload_fuzz.py [--count 100000] [--seed 0] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from command_bench import ARGUMENTS, GROUP, TOPICS, Bench
+from mutations import Payloads
+from PIL import Image
+
+from device_agents.desired import Desired
+from device_agents.envelope import unwrap
+from device_agents.mqtt import Incoming
+from device_agents.settings import AgentSettings
+from device_agents.transfer import Transfers, chunks, offer_of
+from device_agents.verbs import VERBS
+from edge_adapt.errors import ConfigError, EdgeAdaptError
+from edge_adapt.streams.live.pushed import PushedSource
+
+CODES = frozenset(
+    (
+        *("bad-arguments", "bad-header", "bad-key", "busy", "clock", "expired", "far-expiry", "key-reused"),
+        *("malformed", "no-expiry", "no-key", "no-reason", "reply-topic", "too-large", "unknown-verb"),
+    )
+)
+LIMIT = 16_384
+IMAGES = "cameras/hall/1"
+SHOWN_FAILURES = 5
+TARGETS = {"command": 50, "group": 10, "desired": 18, "transfer": 12, "controller": 4, "image": 6}
+"""What is fuzzed, and how often of a hundred."""
+
+
+@dataclass
+class Result:
+    """What came of each payload."""
+
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(target, outcome) -> times."""
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    slowest_ms: float = 0.0
+    """CPU time of the payload that took most."""
+
+    @property
+    def count(self) -> int:
+        return sum(self.outcomes.values())
+
+    def table(self) -> str:
+        lines = [f"{'target':<12}{'outcome':<44}{'payloads':>9}"]
+        for (target, outcome), times in sorted(self.outcomes.items()):
+            lines.append(f"{target:<12}{outcome:<44}{times:>9}")
+        rate = self.count / max(self.seconds, 1e-9)
+        lines.append(
+            f"{self.count} payloads in {self.seconds:.1f} s, {rate:.0f} a second; "
+            f"the slowest took {self.slowest_ms:.1f} ms of CPU; {len(self.failures)} failures"
+        )
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "payloads": self.count,
+            "seconds": round(self.seconds, 1),
+            "slowest_cpu_ms": round(self.slowest_ms, 1),
+            "failures": len(self.failures),
+            "outcomes": {f"{target}: {outcome}": times for (target, outcome), times in sorted(self.outcomes.items())},
+        }
+
+
+class Agent:
+    """Everything that reads what comes in, with a control that only writes down."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bench = Bench(folder)
+        settings = AgentSettings.model_validate({"bundle": "b", "source": {"kind": "camera"}})
+        self.desired = Desired(settings, lambda settings: None, path=folder / "desired.json")
+        self._inbox = folder / "inbox"
+        self.transfers = Transfers(self._inbox, expiry_s=1.0, clock=lambda: self.bench.clock.mono / 1000)
+        self.images = PushedSource(IMAGES, clock=lambda: 0.0)
+        self.images.open()
+
+    def take(self, incoming: Incoming) -> str:
+        """Route like the agent does; the outcome in a word or two."""
+        if incoming.topic == IMAGES:
+            return self._image(incoming.payload)
+        place = TOPICS.parse(incoming.topic)
+        kind = "cmd" if place is None else place.kind
+        if kind == "desired":
+            return self._wish(incoming)
+        if kind == "xfer" and place is not None:
+            told = self.transfers.receive(place.parts[0], int(place.parts[1]), incoming.payload)
+            return "taken" if told.problem is None else _generic(told.problem)
+        if kind == "ctrl":
+            return _presence(incoming.payload)
+        return self._command(incoming)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Changes with whatever a payload may change."""
+        parts = sorted((path.name, path.stat().st_mtime_ns) for path in self._inbox.glob("*"))
+        return (len(self.bench.control.asked), self.desired.applied_version, self.desired.settings, parts)
+
+    def _command(self, incoming: Incoming) -> str:
+        before = self.bench.commands.counts
+        self.bench.replies.clear()
+        self.bench.deliver(incoming)
+        self.bench.clock.turn(6)  # answers to groups are due
+        self.bench.commands.pump()
+        for name in ("retained", "foreign", "repeated"):
+            if self.bench.commands.counts.get(name, 0) > before.get(name, 0):
+                return name
+        told = [reply.data for reply in self.bench.replies]
+        last = told[-1]
+        if last["status"] == "rejected":
+            assert last["code"] in CODES, f"a rejection with an unknown name: {last}"
+            assert 0 < len(last["text"].strip()) < 1500, f"a rejection that says nothing, or too much: {last}"
+            return str(last["code"])
+        assert [one["status"] for one in told] == ["accepted", "done"], told
+        assert _plausible(incoming), f"accepted: {incoming}"
+        return "done"
+
+    def _wish(self, incoming: Incoming) -> str:
+        outcome = self.desired.receive(incoming, limit=LIMIT)
+        if outcome.applied:
+            return "applied"
+        assert outcome.text
+        return _generic(outcome.text)
+
+    def _image(self, data: bytes) -> str:
+        self.images.push(data)
+        try:
+            frame = self.images.read(0.0)
+        except EdgeAdaptError as error:
+            return type(error).__name__
+        assert frame is not None and frame.image.ndim in (2, 3)
+        return "frame"
+
+
+def _presence(payload: bytes) -> str:
+    """The state of a controller: read like any payload, and nothing hangs on it."""
+    try:
+        unwrap(payload, limit=LIMIT)
+    except ConfigError as error:
+        return _generic(error.what)
+    return "read"
+
+
+def _generic(text: str) -> str:
+    """A reason without the figures and names of the single case."""
+    for known in (
+        *("no JSON", "bytes, more than", "nested deeper", "not an object", "speaks v", "lone surrogate", "half a char"),
+        *("beyond what JSON", "not newer", "nothing of it was applied", "document is wrong", "the offer is wrong"),
+        *("there is no transfer", "transfers are open", "none of 1 to", "expected", "cannot be kept"),
+    ):
+        if known in text:
+            return known
+    return text[:40]
+
+
+def _plausible(incoming: Incoming) -> bool:
+    """A second opinion on what was carried out, written down apart from the code that decides."""
+    body = json.loads(incoming.payload)
+    levels = incoming.topic.split("/")
+    expires = incoming.expiry_s if incoming.expiry_s is not None else body.get("expires_ms")
+    keys = [value for name, value in incoming.properties if name == "idem"] or [body.get("id")]
+    return (
+        not incoming.retain
+        and body["v"] == 1
+        and isinstance(body.get("d", {}), dict)
+        and set(body.get("d", {})) <= set(ARGUMENTS[levels[-1]])
+        and levels[-2] == "cmd"
+        and levels[-1] in VERBS
+        and bool(expires)
+        and isinstance(keys[-1], str)
+        and ".." not in str(body.get("d", {}).get("file"))
+    )
+
+
+class Source:
+    """Draws payloads for one target after another."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.payloads = rng, Payloads(rng)
+        self._sent: list[Incoming] = []
+        self._number = self._version = 0
+        self._package = rng.randbytes(4000)
+        self._offer = offer_of(self._package, 512)
+        self._chunks = dict(chunks(self._package, self._offer))
+        self._pictures = [_picture(kind) for kind in ("PNG", "JPEG")]
+
+    def draw(self, now_ms: int) -> tuple[str, Incoming]:
+        """now_ms: wall clock, for commands that say in their body when it is too late."""
+        (target,) = self.rng.choices(list(TARGETS), TARGETS.values())
+        self._number += 1
+        make: Callable[[int], Incoming] = getattr(self, f"_{target}")
+        if target in ("command", "group") and self._sent and self.rng.random() < 0.03:
+            return target, self.rng.choice(self._sent)
+        incoming = make(now_ms)
+        if target in ("command", "group"):
+            self._sent = [*self._sent[-200:], incoming]
+        return target, incoming
+
+    def _command(self, now_ms: int, start: str = f"{TOPICS.root}/cmd/") -> Incoming:
+        rng, verb = self.rng, self.rng.choice(list(VERBS))
+        body = {"v": 1, "d": ARGUMENTS[verb]}
+        sound = Incoming(
+            f"{start}{verb}", b"", expiry_s=60, properties=(("idem", f"k{self._number}"), ("reason", "a test"))
+        )
+        if rng.random() < 0.4:  # as MQTT 3.1.1 has it
+            body |= {"id": f"k{self._number}", "by": "bob", "reason": "a test", "expires_ms": now_ms + 60_000}
+            body["reply_to"] = f"{TOPICS.root}/reply/desk"
+            sound = replace(sound, expiry_s=None, properties=())
+        return self.payloads.odd_message(replace(sound, payload=self.payloads.odd_json(body)))
+
+    def _group(self, now_ms: int) -> Incoming:
+        return self._command(now_ms, GROUP)
+
+    def _desired(self, now_ms: int) -> Incoming:
+        rng, self._version = self.rng, self._version + 1
+        config = {
+            "mode": rng.choice(("shadow", "recommend", "bounded_auto")),
+            "budget": {"learn_ms_per_s": rng.uniform(1, 500), "memory_mb": None},
+            "telemetry": {"interval_s": rng.uniform(1, 60)},
+            "log_level": "info",
+        }
+        body = {"v": 1, "d": {"ver": self._version, "config": config}}
+        return Incoming(TOPICS.desired, self.payloads.odd_json(body), retain=True)
+
+    def _transfer(self, now_ms: int) -> Incoming:
+        rng, id_ = self.rng, self.rng.choice(("a", "b", "c", "d", "e"))
+        if rng.random() < 0.3:
+            return Incoming(TOPICS.xfer(id_, 0), self.payloads.odd_json(self._offer.model_dump()))
+        number = rng.choice([*self._chunks, len(self._chunks) + 1, 10**9, 10**60])
+        data = self._chunks.get(number, b"x")
+        return Incoming(TOPICS.xfer(id_, number), data if rng.random() < 0.5 else self.payloads.odd_bytes(data))
+
+    def _controller(self, now_ms: int) -> Incoming:
+        body = {"v": 1, "d": {"s": "online"}}
+        return Incoming("ea/v1/hall/_ctrl/plant/state", self.payloads.odd_json(body), retain=True)
+
+    def _image(self, now_ms: int) -> Incoming:
+        return Incoming(IMAGES, self.payloads.odd_bytes(self.rng.choice(self._pictures)))
+
+
+def _picture(kind: str) -> bytes:
+    made = io.BytesIO()
+    Image.frombytes("RGB", (12, 9), bytes(range(12 * 9)) * 3).save(made, kind)
+    return made.getvalue()
+
+
+def fuzz(count: int, seed: int, folder: Path) -> Result:
+    """count: payloads. seed: same seed, same payloads. folder: for the ledger and the transfers."""
+    agent, source, result = Agent(folder), Source(random.Random(seed)), Result()
+    began = time.monotonic()
+    for number in range(count):
+        target, incoming = source.draw(agent.bench.clock.wall)
+        before, cpu = agent.state, time.process_time()
+        try:
+            outcome = agent.take(incoming)
+            changed = agent.state != before
+            assert changed or outcome not in ("done", "applied"), f"{outcome}, but nothing changed"
+            assert not changed or outcome in ("done", "applied", "taken"), f"{outcome}, but something changed"
+        except Exception:
+            outcome = "FAILED"
+            result.failures.append(f"payload {number} of seed {seed}, {incoming!r:.600}\n{traceback.format_exc()}")
+        result.slowest_ms = max(result.slowest_ms, 1000 * (time.process_time() - cpu))
+        result.outcomes[target, outcome] += 1
+    result.seconds = time.monotonic() - began
+    agent.bench.close()
+    return result
+
+
+def main(count: int, seed: int, report: Path | None = None) -> int:
+    """Fuzz, and print the table. Returns the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = fuzz(count, seed, Path(folder))
+    print(result.table())
+    for failure in result.failures[:SHOWN_FAILURES]:
+        print(failure, file=sys.stderr)
+    if report is not None:
+        report.write_text(json.dumps({"seed": seed, **result.as_dict()}, indent=1) + "\n")
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="keep the figures there")
+    asked = parser.parse_args()
+    sys.exit(main(asked.count, asked.seed, asked.json))
