@@ -179,8 +179,8 @@ class Agent:
 
         clean = self.intake.stop(left())
         self.ring.close()
-        stages: tuple[Stage, ...] = (self.answering, self.learning, self.keeper)
-        for part in (*stages, self.commands):
+        parts: tuple[Stage | Commands, ...] = (self.answering, self.learning, self.keeper, self.commands)
+        for part in parts:
             clean = part.stop(left()) and clean
         self.keeper.try_to_save("at the end")
         self.recording.close()

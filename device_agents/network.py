@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,13 @@ class Network:
         elif place.kind == "desired":
             self._wished(incoming)
         elif place.kind == "xfer":
-            self._transfers.receive(place.parts[0], int(place.parts[1]), incoming.payload)
+            self._came_in_part(place.parts[0], int(place.parts[1]), incoming.payload)
+
+    def _came_in_part(self, id: str, number: int, payload: bytes) -> None:
+        """A chunk of a transfer, or the offer before it; the sender is told what is missing, not of every chunk."""
+        progress = self._transfers.receive(id, number, payload)
+        if number == 0 or progress.problem or not progress.missing:
+            self.courier.ack(self._topics.ack(id), asdict(progress))
 
     def _wished(self, incoming: Incoming) -> None:
         if not incoming.payload:

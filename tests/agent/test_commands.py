@@ -331,6 +331,8 @@ def test_a_group_is_answered_after_a_while_in_order_and_by_each_device_at_its_ow
         bench.commands.pump()
         seen += 0 < len(bench.replies) < 40
     assert len(bench.replies) == 40
+    told = [(reply.data["id"], reply.data["status"]) for reply in bench.replies]
+    assert all(told.index((key, "accepted")) < told.index((key, "done")) for key, _ in told)
     assert seen >= 3, "spread over the time"
     bench.close()
 

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +14,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from power import Recorder, after_cut
+from traced import Saver
 
-import edge_adapt.delta
 from device_agents import package
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
@@ -29,32 +27,6 @@ from edge_adapt.runtime.snapshots import SnapshotStore
 BUNDLE = "0123456789abcdef"
 STEPS = ("openat", "write", "fsync", "rename", "close", "unlink")
 MOST_STEPS = 40
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import numpy as np
-from edge_adapt.delta import Delta
-from edge_adapt.errors import StateError
-from edge_adapt.runtime.snapshot_file import Facts
-from edge_adapt.runtime.snapshots import SnapshotStore
-
-for line in sys.stdin:
-    what, folder = line.split(None, 1)
-    child = os.fork()
-    if not child:
-        store = SnapshotStore(Path(folder.strip()), "0123456789abcdef")
-        os.kill(os.getpid(), signal.SIGSTOP)
-        try:
-            if what == "save":
-                store.save(Delta({"tail/w": np.full(300, 3.0)}), Facts(version=3))
-            else:
-                store.commit()
-        except StateError:
-            os._exit(3)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
 
 
 def delta_of(version: int) -> Delta:
@@ -75,58 +47,6 @@ def found_in(store: SnapshotStore) -> int:
         return 0
     assert found.delta.same_as(delta_of(found.facts.version))
     return found.facts.version
-
-
-class Saver:
-    """A warm process whose children save, or commit, under strace."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, what: str, folder: Path, injection: str) -> int:
-        """Wait status of one child that met the injection."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{what} {folder}\n")
-        self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        _wait(lambda: _status(child, "State").startswith("T"))
-        tracer = subprocess.Popen(
-            ["strace", "-qq", "-o", "/dev/null", "-e", f"inject={injection}", "-p", str(child)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            _wait(lambda: tracer.poll() is not None or _status(child, "TracerPid") != "0")
-            refused = tracer.poll() is not None
-            os.kill(child, signal.SIGCONT)
-            status = int(self._process.stdout.readline())
-            _, complaint = tracer.communicate(timeout=10)
-        finally:
-            if tracer.poll() is None:
-                tracer.kill()
-                tracer.communicate()
-        if refused:
-            pytest.skip(f"strace may not trace here: {complaint.strip()}")
-        return status
-
-    def close(self) -> None:
-        self._process.communicate(timeout=20)
-
-
-def _status(process: int, field: str) -> str:
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return line.split(":", 1)[1].strip()
-    return ""
-
-
-def _wait(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +335,6 @@ def test_a_snapshot_that_the_disk_will_not_read_is_left_where_it_is(tmp_path, mo
         assert found_in(store) == 1
     assert "Input/output error" in store.take_reports()[0]
     assert (tmp_path / "B.safetensors").exists()
-    assert edge_adapt.delta.write_atomically is snapshots.write_atomically
 
 
 SIGNER, STRANGER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()

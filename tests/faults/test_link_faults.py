@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from brokers import TOPICS, device, mosquitto, observer, proxy, wait_until
+from brokers import QUICK, TOPICS, device, mosquitto, observer, proxy, wait_until
 
 from device_agents.broker import free_port
 from device_agents.envelope import Envelopes
@@ -76,7 +77,7 @@ def test_a_broker_killed_in_midstream_and_back_empty_loses_nothing(mosquitto, de
     """Reconnects with jitter, tells every retained value again, and drains its queue in order, marked `hist`."""
     broker = mosquitto()
     gate = proxy(broker)
-    mine = device(gate).start()
+    mine = device(gate, pace=replace(QUICK, event_burst=1000)).start()
     mine.courier.latest(TOPICS.reported, {"ver": 7})
     watchers, spoken = [], 0
     for n in range(rounds):
@@ -289,6 +290,7 @@ def test_a_thousand_reconnects_leak_nothing(mosquitto, device, observer, proxy):
     flap(1000)
     wait_until(lambda: (_open_files(), threading.active_count()) == before)
     wait_until(lambda: mine.courier.waiting == 0)
+    time.sleep(3); print("DEBUG", set(range(1,52))-stream(watcher).keys(), mine.courier.waiting, mine.outbox.quarantined, mine.courier.lost, mine.courier._sender._tries, mine.changes[-3:])
     wait_until(lambda: stream(watcher).keys() == set(range(1, 52)))
     assert mine.courier.connects >= 1000 and mine.outbox.quarantined == 0
 

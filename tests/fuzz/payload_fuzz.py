@@ -43,7 +43,7 @@ CODES = frozenset(
 )
 LIMIT = 16_384
 IMAGES = "cameras/hall/1"
-SHOWN_FAILURES = 5
+SHOWN_FAILURES, RESTART_EVERY = 5, 500
 TARGETS = {"command": 50, "group": 10, "desired": 18, "transfer": 12, "controller": 4, "image": 6}
 """What is fuzzed, and how often of a hundred."""
 
@@ -88,13 +88,18 @@ class Agent:
     """Everything that reads what comes in, with a control that only writes down."""
 
     def __init__(self, folder: Path) -> None:
-        self.bench = Bench(folder)
-        settings = AgentSettings.model_validate({"bundle": "b", "source": {"kind": "camera"}})
-        self.desired = Desired(settings, lambda settings: None, path=folder / "desired.json")
-        self._inbox = folder / "inbox"
-        self.transfers = Transfers(self._inbox, expiry_s=1.0, clock=lambda: self.bench.clock.mono / 1000)
+        self.bench, self._inbox, self._wished = Bench(folder), folder / "inbox", folder / "desired.json"
         self.images = PushedSource(IMAGES, clock=lambda: 0.0)
         self.images.open()
+        self.restart()
+
+    def restart(self) -> None:
+        """From what lies on disk; but a version from the end of all numbers, once applied, would end the game."""
+        self.bench.restart()
+        self._wished.unlink(missing_ok=True)
+        settings = AgentSettings.model_validate({"bundle": "b", "source": {"kind": "camera"}})
+        self.desired = Desired(settings, lambda settings: None, path=self._wished)
+        self.transfers = Transfers(self._inbox, expiry_s=1.0, clock=lambda: self.bench.clock.mono / 1000)
 
     def take(self, incoming: Incoming) -> str:
         """Route like the agent does; the outcome in a word or two."""
@@ -205,10 +210,10 @@ class Source:
         self._chunks = dict(chunks(self._package, self._offer))
         self._pictures = [_picture(kind) for kind in ("PNG", "JPEG")]
 
-    def draw(self, now_ms: int) -> tuple[str, Incoming]:
-        """now_ms: wall clock, for commands that say in their body when it is too late."""
+    def draw(self, now_ms: int, version: int) -> tuple[str, Incoming]:
+        """now_ms: wall clock, for commands that say in their body when they expire. version: the next desired one."""
         (target,) = self.rng.choices(list(TARGETS), TARGETS.values())
-        self._number += 1
+        self._number, self._version = self._number + 1, version
         make: Callable[[int], Incoming] = getattr(self, f"_{target}")
         if target in ("command", "group") and self._sent and self.rng.random() < 0.03:
             return target, self.rng.choice(self._sent)
@@ -233,7 +238,7 @@ class Source:
         return self._command(now_ms, GROUP)
 
     def _desired(self, now_ms: int) -> Incoming:
-        rng, self._version = self.rng, self._version + 1
+        rng = self.rng
         config = {
             "mode": rng.choice(("shadow", "recommend", "bounded_auto")),
             "budget": {"learn_ms_per_s": rng.uniform(1, 500), "memory_mb": None},
@@ -270,7 +275,9 @@ def fuzz(count: int, seed: int, folder: Path) -> Result:
     agent, source, result = Agent(folder), Source(random.Random(seed)), Result()
     began = time.monotonic()
     for number in range(count):
-        target, incoming = source.draw(agent.bench.clock.wall)
+        if number % RESTART_EVERY == RESTART_EVERY - 1:
+            agent.restart()
+        target, incoming = source.draw(agent.bench.clock.wall, agent.desired.applied_version + 1)
         before, cpu = agent.state, time.process_time()
         try:
             outcome = agent.take(incoming)

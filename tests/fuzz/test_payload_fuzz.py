@@ -19,7 +19,7 @@ def test_payloads_raise_nothing_and_what_is_wrong_changes_nothing(tmp_path):
 
 def test_the_same_seed_draws_the_same_payloads():
     one, other = Source(random.Random(3)), Source(random.Random(3))
-    assert [one.draw(0) for _ in range(200)] == [other.draw(0) for _ in range(200)]
+    assert [one.draw(0, 1) for _ in range(200)] == [other.draw(0, 1) for _ in range(200)]
 
 
 def test_a_change_that_nobody_answers_for_is_found(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from edge_adapt.runtime.supervisor import Supervisor
 
@@ -76,7 +77,7 @@ def test_restarts_in_a_row_wait_longer_each_time():
         supervisor.check(step / 100)
         if part.restarts > before:
             times.append(step / 100)
-    waits = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    waits = [later - earlier for earlier, later in pairwise(times)]
     assert waits == sorted(waits) and waits[0] < 0.2 < 1 < waits[-1]
 
 
