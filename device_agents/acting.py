@@ -6,6 +6,8 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +17,8 @@ from device_agents.core import Core
 from device_agents.desired import Desired
 from device_agents.keeping import KeepStage
 from device_agents.recorded import Recording
+from device_agents.rerun import OUTSIDE
+from device_agents.wishes import NAMED, Wish
 from edge_adapt.errors import ConfigError, DataError, StateError
 from edge_adapt.monitor.late import accuracy_interval
 from edge_adapt.runtime.live import GIVEN, OWN, SOURCE, Learned, Reply
@@ -25,7 +29,6 @@ GRANTED_S = 30.0
 """A wish to the learner that takes longer failed."""
 ANSWERS_KEPT = 20_000
 """Latest answers, for labels that come late."""
-Wish = Callable[[Learned[Any]], Learned[Any]]
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,24 @@ class Acting:
         while len(self._answers) > ANSWERS_KEPT:
             self._answers.popitem(last=False)
 
-    def _ask(self, wish: Wish) -> Learned[Any]:
-        """Have it granted, and wait. Raises: EdgeAdaptError."""
+    def _ask(self, name: str, **arguments: Any) -> Learned[Any]:
+        """Have a wish of `wishes.NAMED` granted, and wait. Raises: EdgeAdaptError."""
+        core = self._parts.core
+        granted = self._granted(core.loop.ask(NAMED[name](core.method, **arguments)))
+        self._parts.recording.wished(name, arguments, granted.done)
+        return granted
+
+    def _ask_for(self, wish: Wish, what: str) -> Learned[Any]:
+        """The same for one that no record can redo. Raises: EdgeAdaptError."""
+        granted = self._granted(self._parts.core.loop.ask(wish))
+        self._parts.recording.note(OUTSIDE, what=what)
+        return granted
+
+    def _granted(self, asked: Future[Learned[Any]]) -> Learned[Any]:
+        """Wait for a wish. Raises: EdgeAdaptError."""
         try:
-            return self._parts.core.loop.ask(wish).result(GRANTED_S)
-        except TimeoutError:
+            return asked.result(GRANTED_S)
+        except NotYet:
             raise StateError(
                 f"the learner did not get to it within {GRANTED_S:g} s", remedy="see `learn` in the status"
             ) from None
@@ -107,16 +123,16 @@ class Acting:
 
     def _restore(self, slot: str) -> dict[str, Any]:
         if slot == SOURCE:
-            self._ask(lambda learned: replace(learned, slot=SOURCE, probation=None, given=None))
+            self._ask("source")
         else:
-            self._ask(self._parts.keeper.from_snapshot(self._parts.store.load(slot)))
+            self._ask_for(self._parts.keeper.from_snapshot(self._parts.store.load(slot)), f"snapshot {slot}")
         return {"slot": slot, "version": self._parts.core.loop.predictor.version}
 
     def _rollback(self) -> dict[str, Any]:
         """Drop an adapter from outside if one answers; else go back one snapshot."""
         learned = self._parts.core.learned
         if learned.slot == GIVEN:
-            self._ask(lambda learned: replace(learned, slot=OWN, given=None, probation=None))
+            self._ask("own")
             return {"slot": OWN}
         before = next((slot for slot in SLOTS if slot != self._parts.store.current), SLOTS[0])
         try:
@@ -125,20 +141,15 @@ class Acting:
             raise StateError(
                 "there is no earlier snapshot to go back to", remedy="`reset` goes back to source"
             ) from error
-        self._ask(self._parts.keeper.from_snapshot(found))
+        self._ask_for(self._parts.keeper.from_snapshot(found), f"snapshot {before}")
         return {"slot": before, "generation": found.generation}
 
     def _reset(self) -> dict[str, Any]:
-        method = self._parts.core.method
-        self._ask(
-            lambda learned: replace(
-                learned, state=method.init(), slot=OWN, given=None, probation=None, frozen=False, failures=0
-            )
-        )
+        self._ask("reset")
         return {"version": self._parts.core.loop.predictor.version}
 
     def _freeze(self, on: bool) -> dict[str, Any]:
-        self._ask(lambda learned: replace(learned, frozen=on, failures=0))
+        self._ask("freeze", on=on)
         return {"frozen": on}
 
     def _set_mode(self, mode: str) -> dict[str, Any]:
@@ -153,10 +164,12 @@ class Acting:
         self, sha256: str, url: str | None = None, file: str | None = None, transfer: str | None = None
     ) -> dict[str, Any]:
         facts = self._parts.adapters.take(sha256, url=url, file=file, transfer=transfer)
-        pending = self._parts.store.begin_trial()
-        if pending is None:
-            raise StateError("the adapter was kept, but cannot be tried", remedy="see the events of the device")
-        self._ask(self._parts.keeper.on_trial(pending))
+        begun = self._parts.keeper.begin_trial()
+        if begun is not None:  # else the keeper saw it first
+            self._granted(begun)
+        self._parts.recording.note(OUTSIDE, what="an adapter from outside")
+        if transfer is not None:
+            self._parts.adapters.transfers.forget(transfer)
         return {**facts, "probation_looks": self._parts.keeper.settings.probation_batches}
 
     def _commit_adapter(self) -> dict[str, Any]:
@@ -171,7 +184,7 @@ class Acting:
                 raise StateError("there is no adapter to commit", remedy="load one, or let the device learn first")
             return replace(learned, given=own, slot=GIVEN)
 
-        self._ask(change)
+        self._ask_for(change, "an adapter that was committed")
         made = self._parts.keeper.save("committed")
         return {"slot": made.slot, "generation": made.generation}
 

@@ -23,10 +23,12 @@ from device_agents.ledger import Ledger
 from device_agents.looking import Lookout
 from device_agents.network import Network
 from device_agents.recorded import Recording
+from device_agents.rerun import BEGIN
 from device_agents.sdnotify import Notifier
 from device_agents.settings import AgentSettings
 from device_agents.stages import AnswerStage, LearnStage, OnAnswer, Stage
 from device_agents.topics import Topics
+from device_agents.wishes import NAMED
 from edge_adapt.config import load_config
 from edge_adapt.errors import EdgeAdaptError
 from edge_adapt.runtime.intake import Intake
@@ -127,6 +129,13 @@ class Agent:
         """Raises: EdgeAdaptError; what was started is stopped again by `stop`."""
         set_log_level(self.settings.log_level)
         self.keeper.begin()
+        self.recording.note(
+            BEGIN,
+            boot=self.boot,
+            bundle=self.core.bundle.id,
+            method=self.settings.method.model_dump(mode="json"),
+            from_source=not self.core.learned.done,
+        )
         self.core.warm_up()
         self.lookout.warm = True
         self.tell("state", f"started: {self.core.loop.predictor.engine.description}", "info")
@@ -235,7 +244,9 @@ class Agent:
         if settings.log_level != old.log_level:
             set_log_level(settings.log_level)
         if settings.mode != old.mode:
-            self.core.loop.ask(self.core.set_mode(settings.mode))
+            asked = self.core.loop.ask(NAMED["mode"](self.core.method, name=settings.mode))
+            mode = {"name": settings.mode}
+            asked.add_done_callback(lambda granted: self.recording.wished("mode", mode, granted.result().done))
             self.tell("state", f"mode is {settings.mode}, was {old.mode}", mode=settings.mode)
 
     def _read_again(self) -> None:

@@ -330,7 +330,7 @@ class Commands:
         if result:
             told["result"] = self._fitting(result)
         try:
-            self._ledger.finish(request.key, state, told)
+            self._ledger.finish(request.key, state, told, durable=not request.verb.repeatable)
         except StateError as error:
             LOG.warning("%s", error)
         with self._gate:

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from device_agents.settings import AgentSettings, BudgetSettings
+from device_agents.wishes import may_answer
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.errors import EngineError
@@ -19,9 +20,11 @@ from edge_adapt.methods.protocol import Context, Method
 from edge_adapt.plugins import ENGINES, find
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.budget import Budget, Limits
-from edge_adapt.runtime.live import GIVEN, OWN, SOURCE, Learned, LiveLoop
+from edge_adapt.runtime.live import SOURCE, Learned, LiveLoop
 from edge_adapt.runtime.predictor import Predictor
-from edge_adapt.tail import Tail
+
+if TYPE_CHECKING:
+    from edge_adapt.tail import Tail
 
 Loop = LiveLoop[Any]
 WARM_UPS = 2
@@ -39,7 +42,7 @@ class Core:
         self.settings, self._tell = settings, tell
         self.bundle = Bundle.load(settings.bundle)
         self.preprocess = Preprocess(self.bundle.manifest.input)
-        tail = lru_cache(maxsize=1)(lambda: Tail(self.bundle))
+        tail = lru_cache(maxsize=1)(lambda: _tail(self.bundle))
         chosen = settings.method
         self.method: Method[Any] = build(
             chosen.name, Context(self.bundle, tail, seed=chosen.seed, settings=dict(chosen.settings))
@@ -70,10 +73,6 @@ class Core:
         loop.learned = replace(loop.learned, frozen=True, slot=SOURCE, probation=None, given=None)
         loop.predictor.apply(loop.source)
 
-    def set_mode(self, mode: str) -> Callable[[Learned[Any]], Learned[Any]]:
-        """A wish for `LiveLoop.ask`."""
-        return lambda learned: replace(learned, may_answer=may_answer(mode))
-
     def warm_up(self) -> None:
         """Run every session once that answers and looks will use. Raises: EngineError."""
         loop, started = self.loop, time.monotonic()
@@ -103,11 +102,13 @@ class Core:
         )
 
 
-def may_answer(mode: str) -> tuple[str, ...]:
-    """Slots that may answer in a mode: none; what somebody approved; also what the device learned by itself."""
-    return {"shadow": (), "recommend": (GIVEN,)}.get(mode, (OWN, GIVEN))
-
-
 def limits_of(budget: BudgetSettings) -> Limits:
     """The part of the settings that the budget keeps."""
     return Limits(budget.learn_ms_per_s, budget.memory_mb, budget.temperature_c, budget.power_w)
+
+
+def _tail(bundle: Bundle) -> Tail:
+    """Loads torch, which methods without gradients never do."""
+    from edge_adapt.tail import Tail
+
+    return Tail(bundle)

@@ -26,6 +26,7 @@ from device_agents.topics import Topics
 from edge_adapt.errors import ConfigError, StateError
 
 log = logging.getLogger(__name__)
+Kind = Literal["ack", "event", "tele"]
 ALARM_DAYS = 14.0
 BUSY_S, CALM_S = 0.01, 0.1
 CONNECTING_S = 30.0
@@ -47,7 +48,7 @@ class LinkChange:
 
 @dataclass(frozen=True)
 class _Add:
-    store: Literal["ack", "event", "tele"]
+    store: Kind
     topic: str
     payload: bytes
     correlation: bytes | None = None
@@ -95,10 +96,8 @@ class Courier:
         self._filters = [*topics.subscriptions, topics.birth, *filters]
         self._rival = Rival(envelopes.boot)
         self._largest_in = largest_in or settings.max_payload
-        quiet_ms = 500 * settings.keepalive_s
-        self._sender = Sender(
-            topics, envelopes, outbox, self._pace, max_payload=settings.max_payload, quiet_ms=quiet_ms
-        )
+        limits = {"max_payload": settings.max_payload, "quiet_ms": 500 * settings.keepalive_s}
+        self._sender = Sender(topics, envelopes, outbox, self._pace, **limits)
         self._backoff = Backoff(*self._pace.backoff_s, self._pace.stable_s, self._pace.uniform)
         self._lock = threading.Lock()
         self._bucket = Bucket(self._pace.event_rate, self._pace.event_burst)
@@ -166,13 +165,7 @@ class Courier:
     def online(self) -> bool:
         return self._online
 
-    def _add(
-        self,
-        store: Literal["ack", "event", "tele"],
-        topic: str,
-        data: Mapping[str, Any],
-        correlation: bytes | None = None,
-    ) -> None:
+    def _add(self, store: Kind, topic: str, data: Mapping[str, Any], correlation: bytes | None = None) -> None:
         with self._lock:  # so that the order in the queue is the order of `seq`
             self._news.put((None, _Add(store, topic, self._envelopes.wrap(data), correlation)))
 

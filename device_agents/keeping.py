@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from device_agents.core import Core
-from device_agents.settings import SnapshotSettings
+from device_agents.settings import MethodSettings, SnapshotSettings
 from device_agents.stages import TICK_S, Stage
 from edge_adapt.errors import EdgeAdaptError, StateError
 from edge_adapt.runtime.live import GIVEN, OWN, Learned
@@ -42,17 +45,19 @@ class KeepStage(Stage):
         self._due = time.monotonic() + settings.every_s
         self._writing = threading.Lock()
         self._wake = threading.Event()
+        self._trials = threading.Lock()
+        self._on_trial = False
+        """True from the begin of a probation until its end was written down."""
+        self._method = method_id(core.settings.method)
 
     def begin(self) -> None:
         """At start: go on from the latest good snapshot, and with an adapter whose probation was cut short."""
         found = self.store.load_latest()
         if found is not None:
             self._go_on(found)
-        pending = self.store.begin_trial() if self.store.pending else None
-        if pending is not None:
-            self.core.loop.ask(self.on_trial(pending))
-            while self.core.loop.work():
-                pass
+        self.begin_trial()
+        while self.core.loop.work():
+            pass
         for report in self.store.take_reports():
             self._tell("fault", f"snapshots: {report}", "warning")
         self._saved = self.core.learned
@@ -69,7 +74,7 @@ class KeepStage(Stage):
 
     def from_snapshot(self, found: Snapshot) -> Callable[[Learned[Any]], Learned[Any]]:
         """A wish for the live loop: what was in force then. Its state, if it is of this method; else its delta."""
-        method, name = self.core.method, self.core.settings.method.name
+        method, name = self.core.method, self._method
 
         def change(learned: Learned[Any]) -> Learned[Any]:
             fresh = replace(learned, probation=None, given=None, failures=0)
@@ -113,19 +118,34 @@ class KeepStage(Stage):
     def _is_new(self, learned: Learned[Any]) -> bool:
         return learned.state is not self._saved.state or learned.given is not self._saved.given
 
+    def begin_trial(self) -> Future[Learned[Any]] | None:
+        """Put the adapter that waits on probation; None if there is none, or its probation began already."""
+        with self._trials:
+            pending = self.store.begin_trial() if self.store.pending and not self._on_trial else None
+            if pending is None:
+                return None
+            self._on_trial = True
+            return self.core.loop.ask(self.on_trial(pending))
+
     def _settle_trial(self) -> None:
-        """An adapter that was on probation and is no more: keep it, or put it aside."""
-        learned = self.core.learned
-        if learned.probation is not None or not self.store.pending:
+        """An adapter whose probation is over: keep it, or put it aside. One that somebody put there: try it."""
+        if not self.store.pending:
             return
-        try:
-            if learned.slot == GIVEN:
-                self.store.commit()
-            else:
-                self.store.rollback()
-            self.trouble = None
-        except EdgeAdaptError as error:
-            self._failed(error)
+        if not self._on_trial:
+            self.begin_trial()
+            return
+        with self._trials:
+            learned = self.core.learned
+            if learned.probation is not None:
+                return
+            try:
+                if learned.slot == GIVEN:
+                    self.store.commit()
+                else:
+                    self.store.rollback()
+                self._on_trial, self.trouble = False, None
+            except EdgeAdaptError as error:
+                self._failed(error)
 
     def try_to_save(self, note: str) -> Snapshot | None:
         """Save; None, and trouble, if the disk refuses."""
@@ -143,7 +163,7 @@ class KeepStage(Stage):
             facts = Facts(
                 version=loop.predictor.version,
                 ts=self._wall_ms(),
-                method=self.core.settings.method.name,
+                method=self._method,
                 frames=loop.predictor.passes,
                 note=note,
             )
@@ -162,3 +182,11 @@ class KeepStage(Stage):
         if self.trouble is None:
             self._tell("fault", f"no snapshot: {error.what}", "error")
         self.trouble = error.what
+
+
+def method_id(method: MethodSettings) -> str:
+    """The name of a method, and a digest of its settings if it has any: a state fits no other."""
+    if not method.settings:
+        return method.name
+    text = json.dumps(method.settings, sort_keys=True, default=str)
+    return f"{method.name} with settings {hashlib.sha256(text.encode()).hexdigest()[:8]}"

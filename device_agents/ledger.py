@@ -116,9 +116,12 @@ class Ledger:
         with self._transaction(durable=False) as db:
             _update(db, key, "running", None)
 
-    def finish(self, key: str, state: State, reply: Mapping[str, Any]) -> None:
-        """Its outcome and what was answered, durably. Raises: StateError if it cannot be written."""
-        with self._transaction() as db:
+    def finish(self, key: str, state: State, reply: Mapping[str, Any], *, durable: bool = True) -> None:
+        """Its outcome and what was answered. `durable`: a power cut must not turn it into an interruption.
+
+        Raises: StateError if it cannot be written.
+        """
+        with self._transaction(durable=durable) as db:
             _update(db, key, state, reply)
 
     def audit(self, most: int = 100) -> list[Entry]:

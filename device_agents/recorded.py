@@ -5,16 +5,16 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_adapt.streams.recording import Recorder
-
+from device_agents.rerun import WISH
 from device_agents.stages import AnswerStage
 from edge_adapt.errors import ConfigError, EdgeAdaptError
 from edge_adapt.runtime.live import Reply
 from edge_adapt.streams.live.protocol import Frame
+from edge_adapt.streams.recording import Recorder
 
 WAITING = 64
 """Batches that may wait to be written; a disk that is slower loses some, and the recording says so."""
@@ -29,7 +29,7 @@ class Recording:
         self.lost = 0
         """Batches that did not reach the disk."""
         self.trouble: str | None = None
-        self._queue: queue.Queue[tuple[Sequence[Frame], Reply]] = queue.Queue(WAITING)
+        self._queue: queue.Queue[Callable[[Recorder], None]] = queue.Queue(WAITING)
         self._until: float | None = None
         self._on = threading.Event()
         self._closing = threading.Event()
@@ -65,8 +65,20 @@ class Recording:
         if self._until is not None and time.monotonic() > self._until:
             self._on.clear()
             return
+        self._put(lambda recorder: recorder.answered(frames, reply))
+
+    def note(self, kind: str, **facts: Any) -> None:
+        """Something else that a rerun has to know; nothing while the recording is off. Never waits."""
+        if self._on.is_set():
+            self._put(lambda recorder: recorder.note(kind, **facts))
+
+    def wished(self, name: str, arguments: Mapping[str, Any], done: int) -> None:
+        """A wish of `wishes.NAMED` that was granted as letter number `done`."""
+        self.note(WISH, name=name, arguments=dict(arguments), done=done)
+
+    def _put(self, write: Callable[[Recorder], None]) -> None:
         try:
-            self._queue.put_nowait((frames, reply))
+            self._queue.put_nowait(write)
         except queue.Full:
             self.lost += 1
 
@@ -76,11 +88,11 @@ class Recording:
         try:
             while not (self._closing.is_set() and self._queue.empty()):
                 try:
-                    frames, reply = self._queue.get(timeout=TICK_S)
+                    write = self._queue.get(timeout=TICK_S)
                 except queue.Empty:
                     continue
                 try:
-                    recorder.answered(frames, reply)
+                    write(recorder)
                     self.trouble = None
                 except EdgeAdaptError as error:
                     self.lost += 1

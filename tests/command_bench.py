@@ -94,9 +94,7 @@ class Bench:
         self._numbers = itertools.count()
 
     def _commands(self) -> Commands:
-        return Commands(
-            self.control, self.ledger, TOPICS, self.replies.append, clock=self.clock, limits=self.limits
-        )
+        return Commands(self.control, self.ledger, TOPICS, self.replies.append, clock=self.clock, limits=self.limits)
 
     def restart(self) -> None:
         """As after a kill: nothing is told to the old one."""

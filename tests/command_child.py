@@ -67,4 +67,3 @@ def main(folder: Path, count: int, ready: Event) -> None:
     finished.wait(60)
     commands.stop(5)
     ledger.close()
-

@@ -300,7 +300,7 @@ function question(verb) {
   return {
     snapshot: ["Take a snapshot?", "What was learned up to now is kept on disk. Answers go on meanwhile.", "Take snapshot"],
     rollback: ["Roll back?", `Now ${who} answers. The adapter before it answers instead, and this one is dropped.`, "Roll back"],
-    reset: ["Reset to source?", "Everything that was learned is forgotten, and the source answers. This cannot be undone.", "Reset"],
+    reset: ["Reset to source?", "Everything that was learned is dropped, and the source answers from the next frame on.", "Reset"],
     freeze: frozen ? ["Learn again?", "The agent goes on learning from what it sees.", "Learn again"]
       : ["Freeze?", `The agent learns nothing until you let it. Answers stay with ${who}.`, "Freeze"],
   }[verb];

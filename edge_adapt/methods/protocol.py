@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.tail import Tail
+
+if TYPE_CHECKING:
+    from edge_adapt.tail import Tail
 
 Array = NDArray[Any]
 S = TypeVar("S")

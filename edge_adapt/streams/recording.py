@@ -47,6 +47,8 @@ class Batch:
     names: tuple[str, ...]
     decided: Mapping[str, Any]
     """What was decided about them: fields of `Reply` without its arrays, such as `version`, `done` and `looked`."""
+    answers: int = 0
+    """CRC-32 of the logits."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Recorder:
         self._facts = dict(facts or {})
 
     def answered(self, frames: Sequence[Frame], reply: Reply) -> None:
-        """One batch, and what was decided; the answers themselves follow from that, and are not kept.
+        """One batch, and what was decided; the answers follow from that, and only a checksum of them is kept.
 
         Raises: StateError if the disk refuses, DataError if a frame is too large or of another kind.
         """
@@ -94,6 +96,7 @@ class Recorder:
                 "shapes": [list(image.shape) for image in images],
                 "dtypes": [image.dtype.name for image in images],
                 "decided": _plain(reply),
+                "answers": zlib.crc32(np.ascontiguousarray(reply.logits).tobytes()),
             },
             b"".join(image.tobytes() for image in images),
         )
@@ -247,6 +250,7 @@ def _event(folder: Path, line: dict[str, Any], data: bytes) -> Batch | Note:
         tuple(images),
         tuple(line["names"]),
         {name: tuple(value) if isinstance(value, list) else value for name, value in line["decided"].items()},
+        line["answers"],
     )
 
 

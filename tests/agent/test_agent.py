@@ -3,79 +3,16 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
-import numpy as np
 import pytest
+from agents import answered, running, settings, stream, until
 
 from device_agents.agent import Agent
-from device_agents.settings import AgentSettings
+from device_agents.rerun import rerun
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError, EdgeAdaptError, StateError
 
-WAIT_S = 20.0
-
-
-def until(reached: Callable[[], bool], why: str = "") -> None:
-    """Wait for something that will come soon."""
-    deadline = time.monotonic() + WAIT_S
-    while not reached():
-        assert time.monotonic() < deadline, why or "it did not happen in time"
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def stream(tmp_path, tiny_data):
-    """The images, then the same much darker."""
-    path = tmp_path / "stream.npz"
-    images = tiny_data.images
-    np.savez(path, clean=images, dark=(images * 0.4).astype(np.uint8))
-    return path
-
-
-@pytest.fixture
-def settings(tmp_path, device_bundle, stream):
-    """Of an agent that plays the stream in a circle, as fast as it can."""
-
-    def made(**facts) -> AgentSettings:
-        source = {"kind": "archive", "path": stream, "loop": True, "policy": "block", **facts.pop("source", {})}
-        base = {
-            "bundle": device_bundle.path,
-            "state_dir": tmp_path / "state",
-            "mode": "bounded_auto",
-            "source": source,
-            "method": {"name": "moments"},
-            "log_level": "error",
-        }
-        return AgentSettings.model_validate({**base, **facts})
-
-    return made
-
-
-@pytest.fixture
-def running(settings):
-    """A started agent and its main thread; stopped at the end."""
-    agents = []
-
-    def made(**facts) -> Agent:
-        agent = Agent(settings(**facts))
-        thread = threading.Thread(target=agent.run, daemon=True)
-        thread.start()
-        agents.append((agent, thread))
-        until(lambda: agent.board.status.state in ("ready", "degraded"))
-        return agent
-
-    yield made
-    for agent, thread in agents:
-        agent.stopping.set()
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
-        assert agent.board.status.state == "offline"
-
-
-def answered(agent: Agent) -> int:
-    return agent.board.counts.get("answered", 0)
+__all__ = ["running", "settings", "stream"]
 
 
 def test_it_answers_learns_and_tells(running):
@@ -228,3 +165,21 @@ def test_errors_of_wishes_reach_the_one_who_wished(running):
     with pytest.raises((ConfigError, StateError)):
         agent.commands.execute("restore", {"slot": "B"}, by="test")
     assert isinstance(agent.core.loop.predictor.delta, Delta)
+
+
+def test_a_recorded_run_is_computed_again_bit_for_bit(running, settings, tmp_path):
+    """R9."""
+    agent = running(record_mb=50, method={"name": "auto"})
+    until(lambda: agent.board.status.version > 2)
+    agent.commands.submit_local("reset", {}, "test")
+    agent.commands.submit_local("set-mode", {"mode": "shadow"}, "test")
+    agent.commands.submit_local("set-mode", {"mode": "bounded_auto"}, "test")
+    count = answered(agent)
+    until(lambda: answered(agent) > count + 200)
+    agent.stopping.set()
+    until(lambda: agent.board.status.state == "offline")
+    assert agent.recording.lost == 0
+    made = rerun(settings(method={"name": "auto"}), tmp_path / "state" / "recording")
+    assert made.frames > 300 and made.version > 2 and made.ended == "the record ends"
+    with pytest.raises(StateError, match="recorded with method"):
+        rerun(settings(), tmp_path / "state" / "recording")

@@ -256,4 +256,3 @@ def test_no_command_runs_twice_however_often_the_process_is_killed(tmp_path):
     assert not done & interrupted, "and only one"
     assert {key[1:] for key in done} <= effects.keys(), "what was told as done was done"
     assert interrupted, "no kill hit a command under way: the test tests nothing"
-

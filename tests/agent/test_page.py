@@ -432,11 +432,17 @@ def test_one_command_at_a_time_and_a_slow_one_leaves_the_page_alive(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "COMMAND_S", 0.5)
-    go_on, told = threading.Event(), []
-    monkeypatch.setattr(client.control, "execute", lambda verb, arguments, by: {"waited": go_on.wait(20)})
+    begun, go_on, told = threading.Event(), threading.Event(), []
+
+    def slow(verb: str, arguments: Any, *, by: str) -> dict[str, Any]:
+        begun.set()
+        return {"waited": go_on.wait(20)}
+
+    monkeypatch.setattr(client.control, "execute", slow)
     thread = threading.Thread(target=lambda: told.append(client.command("snapshot")))
     thread.start()
-    wait_until(lambda: client.command("reset")[0] == 409)
+    assert begun.wait(10)
+    assert client.command("reset")[0] == 409
     assert client.ask("/statez")[0] == 200
     thread.join(10)
     assert told[0][0] == 504

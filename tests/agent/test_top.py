@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import StringIO
 
@@ -24,6 +25,8 @@ from device_agents.dashboard.server import Page
 from device_agents.settings import PageSettings
 from device_agents.top import fetch, render, span, sparkline
 from edge_adapt.errors import ConfigError, DataError
+
+SCREEN_BACK = b"\x1b[?1049l"
 
 
 @pytest.fixture
@@ -93,33 +96,39 @@ def test_it_prints_once_from_the_command_line(page: Page) -> None:
     assert "line-camera-07" in done.stdout
 
 
-def test_ctrl_c_leaves_quietly_and_gives_the_screen_back(page: Page) -> None:
+@contextmanager
+def watching(page: Page) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`top` in a terminal of its own: the process, and our end of the terminal."""
     ours, theirs = pty.openpty()
+    arguments = command("--every", "0.1", "--url", page.address)
     with subprocess.Popen(
-        command("--every", "0.1", "--url", page.address), stdin=theirs, stdout=theirs, stderr=theirs
+        arguments, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
     ) as process:
         os.close(theirs)
-        drawn = read_until(ours, b"line-camera-07")
+        try:
+            yield process, ours
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def test_ctrl_c_leaves_quietly_and_gives_the_screen_back(page: Page) -> None:
+    with watching(page) as (process, terminal):
+        drawn = read_until(terminal, b"line-camera-07")
         process.send_signal(signal.SIGINT)
-        drawn += read_until(ours, b"\x1b[?1049l")
+        drawn += read_until(terminal, SCREEN_BACK)
         assert process.wait(10) == 0
-    os.close(ours)
     assert b"Traceback" not in drawn
 
 
 def test_an_agent_that_goes_away_is_waited_for(page: Page) -> None:
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        command("--every", "0.1", "--url", page.address), stdin=theirs, stdout=theirs, stderr=theirs
-    ) as process:
-        os.close(theirs)
-        read_until(ours, b"line-camera-07")
+    with watching(page) as (process, terminal):
+        read_until(terminal, b"line-camera-07")
         page.stop()
-        read_until(ours, b"not connected")
+        read_until(terminal, b"not connected")
         process.send_signal(signal.SIGINT)
-        read_until(ours, b"\x1b[?1049l")
+        read_until(terminal, SCREEN_BACK)
         assert process.wait(10) == 0
-    os.close(ours)
 
 
 def test_nobody_there_is_one_clear_sentence() -> None:

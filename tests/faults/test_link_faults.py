@@ -285,12 +285,11 @@ def test_a_thousand_reconnects_leak_nothing(mosquitto, device, observer, proxy):
             time.sleep(0.001 * (n % 4))
 
     flap(20)
-    time.sleep(0.2)
-    before = _open_files(), threading.active_count()
+    wait_until(lambda: mine.courier.waiting == 0 and mine.courier._sender.idle)
+    files, threads = _open_files(), threading.active_count()
     flap(1000)
-    wait_until(lambda: (_open_files(), threading.active_count()) == before)
-    wait_until(lambda: mine.courier.waiting == 0)
-    time.sleep(3); print("DEBUG", set(range(1,52))-stream(watcher).keys(), mine.courier.waiting, mine.outbox.quarantined, mine.courier.lost, mine.courier._sender._tries, mine.changes[-3:])
+    wait_until(lambda: mine.courier.waiting == 0 and mine.courier._sender.idle)
+    wait_until(lambda: _open_files() <= files and threading.active_count() <= threads)
     wait_until(lambda: stream(watcher).keys() == set(range(1, 52)))
     assert mine.courier.connects >= 1000 and mine.outbox.quarantined == 0
 
