@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -15,7 +16,6 @@ from device_agents.adapters import Adapters
 from device_agents.board import Board
 from device_agents.commands import Commands
 from device_agents.core import Core, limits_of
-from device_agents.decide import LEARNING
 from device_agents.desired import Desired
 from device_agents.envelope import SystemClock
 from device_agents.keeping import KeepStage
@@ -23,6 +23,7 @@ from device_agents.ledger import Ledger
 from device_agents.looking import Lookout
 from device_agents.network import Network
 from device_agents.recorded import Recording
+from device_agents.request import Limits
 from device_agents.rerun import BEGIN
 from device_agents.sdnotify import Notifier
 from device_agents.settings import AgentSettings
@@ -103,7 +104,8 @@ class Agent:
         self.answering.listeners.append(acting.noted)
         self.ledger = Ledger(state / COMMANDS, clock=clock)
         reply = self.network.reply if self.network else lambda reply: None
-        self.commands = Commands(acting, self.ledger, topics, reply, clock=clock)
+        limits = Limits(payload=settings.mqtt.max_payload) if settings.mqtt is not None else Limits()
+        self.commands = Commands(acting, self.ledger, topics, reply, clock=clock, limits=limits)
         if self.network is not None:
             self.network.connect(self.commands, self.desired, self.adapters.transfers, self.source, self.tell)
         self.page = self._page()
@@ -120,7 +122,7 @@ class Agent:
         try:
             self.start()
             while not self.stopping.wait(TICK_S):
-                self.tick()
+                self._guarded_tick()
         finally:
             clean = self.stop()
         return 0 if clean else 1
@@ -168,6 +170,13 @@ class Agent:
         self._notifier.status(self._line())
         if self.intake.ended and not len(self.ring) and not self.answering.busy:
             self.stopping.set()
+
+    def _guarded_tick(self) -> None:
+        """A bug in what watches and tells must not end the answers. The watchdog of the system hears nothing then."""
+        try:
+            self.tick()
+        except Exception:
+            log.exception("looking at the agent failed; it goes on")
 
     def reload(self) -> None:
         """Read the configuration again, at the next tick. Safe in a signal handler."""
@@ -229,9 +238,19 @@ class Agent:
 
     def _supervised(self, stage: str, reason: str, happening: Happening) -> None:
         self.tell("fault", f"{stage} was {happening}: {reason}", "error", stage=stage)
-        if happening == "given up" and stage == LEARNING:
-            self.core.rebuild()  # whatever is stuck keeps the old engine; nobody learns on the new one
-            self.core.freeze()
+        for part in (self.answering, self.learning):
+            if happening == "given up" and part.name == stage:
+                self._make_safe(part)
+
+    def _make_safe(self, part: Stage) -> None:
+        """Begin it one last time, where there is no method any more to get stuck in: source answers, and wishes are
+        still granted."""
+        try:
+            self.core.give_up()
+        except EdgeAdaptError as error:
+            self.tell("fault", f"what answers stays as it is: {error.what}", "error")
+            self.core.loop.learned = replace(self.core.learned, frozen=True)
+        part.start()
 
     def _apply(self, settings: AgentSettings) -> None:
         """Put live settings in force, from a command, the desired document or the file."""

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 State = Literal["init", "ready", "degraded", "safe", "draining", "offline"]
 Severity = Literal["info", "warning", "error"]
+SLOTS = ("source", "own", "adapter")
+"""What may answer: the model as exported, what this device learned, an adapter from outside."""
 POINTS, EVENTS, RECENT = 600, 200, 1024
 
 

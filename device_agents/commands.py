@@ -227,7 +227,7 @@ class Commands:
 
     def _written(self, request: Request, state: State, reply: Mapping[str, Any] | None) -> bool:
         """Write it down; False if that fails and it might therefore run twice."""
-        risky = request.verb.needs_reason(request.arguments)
+        risky = request.risky
         entry = Entry(
             key=request.key,
             verb=request.verb.name,
@@ -243,7 +243,7 @@ class Commands:
             reply=reply,
         )
         try:
-            self._ledger.accept(entry)
+            self._ledger.accept(entry, durable=request.lasting)
         except StateError:
             if not (request.local or request.verb.repeatable):
                 return False
@@ -330,7 +330,7 @@ class Commands:
         if result:
             told["result"] = self._fitting(result)
         try:
-            self._ledger.finish(request.key, state, told, durable=not request.verb.repeatable)
+            self._ledger.finish(request.key, state, told, durable=request.lasting)
         except StateError as error:
             LOG.warning("%s", error)
         with self._gate:

@@ -14,7 +14,7 @@ from device_agents.settings import AgentSettings, BudgetSettings
 from device_agents.wishes import may_answer
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.protocol import Engine
-from edge_adapt.errors import EngineError
+from edge_adapt.errors import EdgeAdaptError, EngineError
 from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.protocol import Context, Method
 from edge_adapt.plugins import ENGINES, find
@@ -60,18 +60,31 @@ class Core:
     def rebuild(self) -> None:
         """Another engine and another loop, from what was learned last; the old ones are left to whoever is stuck in
         them. Raises: EngineError."""
+        self._replace(self.learned)
+
+    def give_up(self) -> None:
+        """The same, but nothing is learned any more, and source answers: whoever comes next finds nothing to get stuck
+        in. Raises: EngineError; then what was in force still is."""
+        self._replace(replace(self.learned, frozen=True, slot=SOURCE, probation=None, given=None))
+
+    def _replace(self, learned: Learned[Any]) -> None:
+        self._check_bundle()
         old = self.loop
-        self.loop = self._made(old.learned)
+        self.loop = self._made(learned)
         self.loop.counts.update(old.counts)
         self.loop.learn_s = old.learn_s
         self.rebuilds += 1
         old.close()
 
-    def freeze(self) -> None:
-        """Learn nothing more, and answer from source: the learner was given up, so nobody is asked."""
-        loop = self.loop
-        loop.learned = replace(loop.learned, frozen=True, slot=SOURCE, probation=None, given=None)
-        loop.predictor.apply(loop.source)
+    def _check_bundle(self) -> None:
+        """An engine is made of files, and they may be others by now. Raises: EngineError."""
+        path = self.bundle.path
+        try:
+            same = Bundle.load(path).id == self.bundle.id
+        except EdgeAdaptError as error:
+            raise EngineError(f"no new engine: {error.what}", remedy="put the bundle back") from error
+        if not same:
+            raise EngineError(f"bundle {path} was replaced while the agent runs", remedy="restart the agent")
 
     def warm_up(self) -> None:
         """Run every session once that answers and looks will use. Raises: EngineError."""

@@ -339,7 +339,7 @@ class Courier:
         """Is the link alive, its thread not stuck, and does the broker answer?"""
         keepalive_s = self._settings.keepalive_s
         oldest = self._sender.oldest_ms() if self._online else (self._up_ms or None)
-        if not link.alive:
+        if not link.alive and self._news.empty():
             self._lose(Down("the network thread ended without a word"))
         elif self._up_ms and link.silent_s > max(5.0, keepalive_s):
             self._lose(Down(f"the network thread has hung for {link.silent_s:.0f} s"))

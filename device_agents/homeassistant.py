@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from device_agents.board import State
+from device_agents.board import SLOTS, State
 from device_agents.settings import AgentSettings
 from device_agents.topics import Topics
 
@@ -95,7 +95,7 @@ def _components(settings: AgentSettings, topics: Topics) -> Iterator[tuple[str, 
         },
     )
     yield "mode", _enum(topics, "Mode", "mode", MODES, expire)
-    yield "slot", _enum(topics, "Adapter", "slot", ("source", "A", "B"), expire)
+    yield "slot", _enum(topics, "Adapter", "slot", SLOTS, expire)
     yield (
         "learning",
         {

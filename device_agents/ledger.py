@@ -101,10 +101,13 @@ class Ledger:
             row = db.execute(f"SELECT {FIELDS} FROM commands WHERE key = ?", (key,)).fetchone()
             return None if row is None else _entry(row)
 
-    def accept(self, entry: Entry) -> None:
-        """Write a new command down, durably. Raises: StateError if it cannot be, or if its key is known."""
+    def accept(self, entry: Entry, *, durable: bool = True) -> None:
+        """Write a new command down. `durable`: a power cut must not make anyone forget it.
+
+        Raises: StateError if it cannot be, or if its key is known.
+        """
         row = _row(entry)
-        with self._transaction() as db:
+        with self._transaction(durable=durable) as db:
             marks = ", ".join("?" * (len(row) + 1))
             db.execute(f"INSERT INTO commands ({FIELDS}, checksum) VALUES ({marks})", (*row, _checksum(row)))
             self._accepted += 1

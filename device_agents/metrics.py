@@ -17,7 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from device_agents.board import Board, State, Status
+from device_agents.board import SLOTS, Board, State, Status
 from device_agents.settings import Mode
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -87,7 +87,7 @@ def _identity(status: Status) -> Iterator[Metric]:
     yield _one_of("state", "1 for the state the agent is in, 0 for the others.", "state", get_args(State), status.state)
     yield _one_of("mode", "1 for the mode in force, 0 for the others.", "mode", get_args(Mode), status.mode)
     yield _one_of("link", "1 for how the link to the broker is, 0 for the others.", "link", LINKS, status.link)
-    yield _one_of("slot", "1 for the slot that answers, 0 for the others.", "slot", ("source", "A", "B"), status.slot)
+    yield _one_of("slot", "1 for the slot that answers, 0 for the others.", "slot", SLOTS, status.slot)
     yield _gauge("frozen", "1 while somebody told the agent not to learn.", float(status.frozen))
     yield _gauge("on_probation", "1 while a new adapter is not trusted yet.", float(status.on_probation))
 

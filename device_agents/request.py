@@ -117,6 +117,16 @@ class Request:
     """Monotonic; it does not begin after that."""
 
     @property
+    def risky(self) -> bool:
+        """True for one that needs a reason, and is audited."""
+        return self.verb.needs_reason(self.arguments)
+
+    @property
+    def lasting(self) -> bool:
+        """True if a power cut shall not make anyone forget it; what does no harm twice need not wait for the disk."""
+        return self.risky or not self.verb.repeatable
+
+    @property
     def local(self) -> bool:
         return not self.address.topic
 

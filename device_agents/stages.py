@@ -99,6 +99,7 @@ class AnswerStage(Stage):
 
     def restart(self) -> None:
         self.core.rebuild()
+        self.busy = False  # what the old thread had in hand is lost
         super().restart()
 
     def turn(self) -> None:

@@ -106,7 +106,7 @@ def printable(value: Any) -> Any:
         return "".join(letter if letter.isprintable() else " " for letter in value)
     if isinstance(value, Mapping):
         return {printable(key): printable(item) for key, item in value.items()}
-    return [printable(item) for item in value] if isinstance(value, list) else value
+    return [printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def sparkline(values: Sequence[float | None], width: int, low: float | None = None, high: float | None = None) -> str:
@@ -158,7 +158,7 @@ def _curves(points: Sequence[Sequence[Any]], latency: Mapping[str, Any] | None, 
 
 
 def _answers(status: Mapping[str, Any]) -> RenderableType:
-    who = "source" if status["slot"] == "source" else f"adapter {status['slot']}"
+    who = {"own": "what was learned here", "adapter": "an adapter from outside"}.get(status["slot"], status["slot"])
     notes = [name for name, on in (("on probation", status["on_probation"]), ("frozen", status["frozen"])) if on]
     estimate = status["estimate"]
     told = (

@@ -108,8 +108,8 @@ def parse_document(text: str | bytes, model: type[M], where: str, *, folder: Pat
 
 
 def changes(old: M, new: M) -> list[Change]:
-    """Settings that differ, in the order of the model. A setting is live if it, or one around it, is marked so."""
-    return list(_changes(old, new, "", live=False))
+    """Settings that differ, in the order of the model. A setting is live if it, and all around it, are marked so."""
+    return list(_changes(old, new, "", live=True))
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def refusal(where: str, problems: list[Problem]) -> ConfigError:
 def _changes(old: BaseModel, new: BaseModel, prefix: str, *, live: bool) -> Iterator[Change]:
     for name, info in type(old).model_fields.items():
         before, after = getattr(old, name), getattr(new, name)
-        marked = live or _is_live(info)
+        marked = live and _is_live(info)
         if isinstance(before, BaseModel) and type(before) is type(after):
             yield from _changes(before, after, f"{prefix}{name}.", live=marked)
         elif before != after:

@@ -100,7 +100,7 @@ class Child:
         config = folder / "agent.yaml"
         config.write_text(json.dumps(settings.model_dump(mode="json", exclude_unset=True)))
         self.log = folder / "log"
-        words = [*before, sys.executable, "-m", "edge_adapt.cli", "run", str(config), *options]
+        words = [*before, str(Path(sys.executable).with_name("edge-adapt")), "run", str(config), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -65,6 +65,11 @@ class TinyNet(nn.Module):
 @pytest.fixture(scope="session")
 def tiny_net() -> TinyNet:
     """In eval mode, with statistics and affines that are not the identity. Do not modify."""
+    return made_tiny_net()
+
+
+def made_tiny_net() -> TinyNet:
+    """The same network each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = TinyNet().eval()
@@ -74,7 +79,7 @@ def tiny_net() -> TinyNet:
                 part.bias.data.normal_(0, 0.2)
         net.train()
         with torch.no_grad():  # statistics of real activations, as training would leave them
-            frames = torch.from_numpy(_images(64)).permute(0, 3, 1, 2) / 255
+            frames = torch.from_numpy(tiny_images(64)).permute(0, 3, 1, 2) / 255
             mean, std = (torch.tensor(value)[:, None, None] for value in (TINY_INPUT.mean, TINY_INPUT.std))
             for _ in range(30):
                 net((frames - mean) / std)
@@ -84,7 +89,7 @@ def tiny_net() -> TinyNet:
         return net
 
 
-def _images(count: int) -> np.ndarray:
+def tiny_images(count: int) -> np.ndarray:
     """Smooth coloured patterns, uint8 [N, 16, 16, 3]."""
     rng = np.random.default_rng(0)
     coarse = rng.uniform(0, 255, (count, 4, 4, 3))
@@ -97,7 +102,7 @@ def tiny_data(tiny_net: TinyNet) -> Dataset:
     """128 images, labelled by the network itself, every fifth one wrongly."""
     from edge_adapt.preprocess import Preprocess
 
-    images = _images(128)
+    images = tiny_images(128)
     with torch.no_grad():
         labels = tiny_net(torch.from_numpy(Preprocess(TINY_INPUT)(images))).argmax(1).numpy()
     labels[::5] = (labels[::5] + 1) % 5
@@ -113,18 +118,19 @@ def tiny_frames(tiny_data: Dataset) -> np.ndarray:
     return Preprocess(TINY_INPUT)(tiny_data.images)
 
 
-def _bundle(net: nn.Module, data: Dataset, folder: Path, cut: str) -> Bundle:
+def tiny_bundle(net: nn.Module, images: np.ndarray, folder: Path, cut: str) -> Bundle:
+    """Exported and loaded."""
     model = from_module(net, "tiny", TINY_INPUT, classes=[f"class-{index}" for index in range(5)])
-    return Bundle.load(export(model, folder, calibration=data.images, cut=cut))
+    return Bundle.load(export(model, folder, calibration=images, cut=cut))
 
 
 @pytest.fixture(scope="session")
 def device_bundle(tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny network cut behind its residual block. Do not modify its files."""
-    return _bundle(tiny_net, tiny_data, tmp_path_factory.mktemp("bundles") / "device", "block")
+    return tiny_bundle(tiny_net, tiny_data.images, tmp_path_factory.mktemp("bundles") / "device", "block")
 
 
 @pytest.fixture(scope="session")
 def reference_bundle(tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny network cut at its input. Do not modify its files."""
-    return _bundle(tiny_net, tiny_data, tmp_path_factory.mktemp("bundles") / "reference", "input")
+    return tiny_bundle(tiny_net, tiny_data.images, tmp_path_factory.mktemp("bundles") / "reference", "input")

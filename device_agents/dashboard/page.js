@@ -92,8 +92,10 @@ function showFacts(status) {
   $("facts").replaceChildren(...rows);
 }
 
+const SLOTS = { source: "Source", own: "Learned here", adapter: "Adapter" };
+
 function showAnswering(status) {
-  put("slot", status.slot === "source" ? "Source" : `Adapter ${status.slot}`);
+  put("slot", SLOTS[status.slot] ?? status.slot);
   put("version", `version ${number(status.version)}`);
   put("trust", [
     status.on_probation ? "on probation: rolled back if a guard objects" : "",
@@ -296,7 +298,7 @@ let running = false;
 
 function question(verb) {
   const { frozen, version, slot } = now ?? {};
-  const who = slot === "source" ? "the source" : `adapter ${slot}, version ${version}`;
+  const who = slot === "source" ? "the source" : `version ${version}`;
   return {
     snapshot: ["Take a snapshot?", "What was learned up to now is kept on disk. Answers go on meanwhile.", "Take snapshot"],
     rollback: ["Roll back?", `Now ${who} answers. The adapter before it answers instead, and this one is dropped.`, "Roll back"],

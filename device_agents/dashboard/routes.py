@@ -138,7 +138,7 @@ class Routes:
         except Exception:
             LOG.exception("the button %s failed", verb)
             return refusal(500, f"{verb} failed inside the agent", "see its log")
-        return Response(view.encode({"done": verb, "result": view.plain(result)}), media_type="application/json")
+        return Response(view.encode({"done": verb, "result": result}), media_type="application/json")
 
 
 class _EventStream(Response):

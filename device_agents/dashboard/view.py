@@ -1,4 +1,4 @@
-"""What the page, `/statez` and `edge-adapt top` show: values that JSON can hold, made from the board. Pure."""
+"""What the page, `/statez` and `edge-adapt top` show, made from the board, and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,12 @@ class Cursor:
 
 def statez(board: Board) -> dict[str, Any]:
     """Everything at once."""
-    everything = {
+    return {
         "status": board.status.as_dict(),
         "points": [point_row(point) for point in board.points],
         "events": [asdict(event) for event in board.events()],
         "latency": latency(board.latencies_ms),
     }
-    return {name: plain(value) for name, value in everything.items()}
 
 
 def news(board: Board, read: Cursor) -> tuple[dict[str, Any], Cursor]:
@@ -61,7 +61,7 @@ def news(board: Board, read: Cursor) -> tuple[dict[str, Any], Cursor]:
         frame=frame,
         status=status,
     )
-    return {name: plain(value) for name, value in message.items()}, cursor
+    return message, cursor
 
 
 def newer(points: Sequence[Point], last: Point | None) -> list[Point]:
@@ -139,4 +139,11 @@ def plain(value: Any) -> Any:
 
 def encode(value: Any) -> bytes:
     """As JSON, without a line break: one line of server-sent events holds it."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    try:
+        text = _json(value)
+    except (TypeError, ValueError):  # rare, and looking for it each time would cost more than all the rest
+        text = _json(plain(value))
+    return text.encode("utf-8", "replace")
+
+
+_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -116,7 +116,8 @@ class LiveLoop(Generic[S]):
         Args:
             queue: looks that may wait to be learned from.
             begin: where to go on, such as a snapshot; None: from source.
-            tell: takes events of the method and its guards. Called from the learning thread.
+            tell: takes events of the method and its guards. Called from the learning thread; about a method that
+                fails while it is asked about answers, from the answering one.
         Raises: ConfigError if the method can only answer by itself.
         """
         if method.answers:
@@ -176,7 +177,7 @@ class LiveLoop(Generic[S]):
         """How many frames to look at: what the method wants, if there is room, time and leave for it."""
         if learned.frozen:
             return 0
-        wanted = min(self.method.look(learned.state, frames, self._passed), frames) if self.method.needs else 0
+        wanted = self._wanted_looks(learned, frames) if self.method.needs else 0
         if learned.probation is not None:
             wanted = max(wanted, 1)
         if wanted and (self._looks >= self._queue or self.budget.denies()):
@@ -189,8 +190,23 @@ class LiveLoop(Generic[S]):
         here: the learning thread does it again, in order."""
         if not self.method.watches or self._slot(learned) != OWN:
             return answered.logits
-        logits = self.method.watch(learned.state, answered).logits
+        try:
+            logits = self.method.watch(learned.state, answered).logits
+        except Exception as error:  # the answer is there; whatever the method makes of it
+            self._spoiled(error)
+            return answered.logits
         return answered.logits if logits is None else logits
+
+    def _wanted_looks(self, learned: Learned[S], frames: int) -> int:
+        try:
+            return min(self.method.look(learned.state, frames, self._passed), frames)
+        except Exception as error:
+            self._spoiled(error)
+            return 0
+
+    def _spoiled(self, error: Exception) -> None:
+        self.counts["failed"] += 1
+        self._tell(f"learning failed: {type(error).__name__}: {_first_line(error)}")
 
     def _post(self, letter: _Look | _Watch | _Wish) -> bool:
         with self._arrived:
@@ -277,7 +293,8 @@ class LiveLoop(Generic[S]):
             if failures == FAILURES:
                 self._tell(f"learning is off: {failures} steps in a row failed")
             return
-        self.learned = replace(new, failures=0, done=done)
+        # A method that can watch but not learn fails all the same.
+        self.learned = replace(new, failures=0 if isinstance(letter, _Look) else learned.failures, done=done)
         for event in events:
             self._tell(event)
 

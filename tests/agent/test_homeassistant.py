@@ -19,7 +19,7 @@ TOPICS = Topics("ea/v1", "plant-3", "cam.7")
 STATUS = Status(
     state="degraded",
     mode="bounded_auto",
-    slot="A",
+    slot="own",
     fps=14.9,
     latency_ms={"p50": 20.0, "p95": 25.0, "p99": 31.5},
     learn={"ms_per_s": 120.0, "allowed_ms_per_s": 250.0},
@@ -70,7 +70,7 @@ def test_every_entity_shows_what_the_agent_tells() -> None:
     assert values(STATUS) == {
         "state": "degraded",
         "mode": "bounded_auto",
-        "slot": "A",
+        "slot": "own",
         "learning": "ON",
         "fps": "14.9",
         "p99": "31.5",

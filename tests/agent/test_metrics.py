@@ -51,7 +51,7 @@ def test_everything_on_the_board_is_told_in_base_units() -> None:
         ("outbox_messages", {}, 5),
         ("frames_per_second", {}, 14.9),
         ("link", {"link": "online"}, 1),
-        ("slot", {"slot": "B"}, 1),
+        ("slot", {"slot": "adapter"}, 1),
     ):
         assert value(found, name, **labels) == pytest.approx(expected), name
 
