@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from device_agents.envelope import Envelopes, unwrap
+from device_agents.envelope import Clock, Envelopes, unwrap
 from device_agents.mqtt import AUTH_CODES, PROTOCOL_CODE, TAKEN_OVER, Down, LinkOptions, Message
 from device_agents.settings import MqttSettings
-from device_agents.tls import tls_context
+from device_agents.tls import days_left, tls_context
 from device_agents.topics import Topics
 from edge_adapt.errors import ConfigError
 
@@ -86,6 +86,17 @@ def alert_of(down: Down) -> str | None:
     if down.code == PROTOCOL_CODE:
         return "protocol"
     return "taken-over" if down.code == TAKEN_OVER else None
+
+
+def certificate_days(settings: MqttSettings, clock: Clock) -> float | None:
+    """Days until our own certificate expires, negative afterwards; None: there is none, or no telling."""
+    certificate = settings.tls.certificate if settings.tls is not None else None
+    if certificate is None or clock.quality() == "unsync":
+        return None
+    try:
+        return days_left(certificate, now_s=clock.wall_ms() / 1000)
+    except ConfigError:
+        return None
 
 
 def _password(settings: MqttSettings) -> str | None:

@@ -11,17 +11,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from device_agents.connecting import Rival, alert_of, link_options
+from device_agents.connecting import Rival, alert_of, certificate_days, link_options
 from device_agents.envelope import Clock, Envelopes
 from device_agents.mqtt import TAKEN_OVER, Acked, Down, Incoming, Link, LinkOptions, Subscribed, Up
 from device_agents.outbox import Outbox
 from device_agents.pacing import Backoff, Bucket, Suppressed
 from device_agents.sender import Pace, Sender
 from device_agents.settings import MqttSettings
-from device_agents.tls import days_left
 from device_agents.topics import Topics
 from edge_adapt.errors import ConfigError, StateError
 
@@ -160,6 +159,11 @@ class Courier:
     def waiting(self) -> int:
         """Messages in the outbox."""
         return self._outbox.waiting
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the outbox cannot be written; None: it can."""
+        return self._outbox.trouble
 
     @property
     def online(self) -> bool:
@@ -328,11 +332,9 @@ class Courier:
         self._tell(LinkChange(True, "connected"))
         if refused:
             self._tell(LinkChange(True, f"the broker refuses to subscribe {', '.join(refused)}", "subscription"))
-        certificate = self._settings.tls.certificate if self._settings.tls else None
-        if certificate is not None and self._clock.quality() != "unsync":
-            left = days_left(certificate, now_s=self._clock.wall_ms() / 1000)
-            if left < ALARM_DAYS:
-                self._tell(LinkChange(True, f"the certificate expires in {left:.1f} days", "certificate"))
+        left = certificate_days(self._settings, self._clock)
+        if left is not None and left < ALARM_DAYS:
+            self._tell(LinkChange(True, f"the certificate expires in {left:.1f} days", "certificate"))
         self._tell_losses()
 
     def _supervise(self, link: Link, now: int) -> None:
@@ -355,6 +357,9 @@ class Courier:
         self._sender.end(closed_by_peer=down.closed_by_peer)
         self._commit_soon(sync=False)
         alert = alert or alert_of(down)
+        left = certificate_days(self._settings, self._clock) if alert is None and not self._up_ms else None
+        if left is not None and left < 0:  # a broker that refuses it hangs up without a word
+            alert, down = "certificate", replace(down, reason=f"the certificate expired; {down.reason}")
         self._ended = alert == "taken-over"
         if link is not None and not link.close(graceful=self._ended):
             self._given_up += 1

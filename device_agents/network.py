@@ -26,7 +26,7 @@ from edge_adapt.streams.live.protocol import FrameSource
 from edge_adapt.streams.live.pushed import PushedSource
 
 OUTBOX = "outbox.db"
-TROUBLING = ("taken-over", "auth", "certificate", "outbox", "tls")
+TROUBLING = ("taken-over", "auth", "certificate", "tls")
 """Alerts of the courier that make the agent `degraded`; a broker that is away does not."""
 LARGEST_IMAGE = 8 << 20
 """Bytes of an encoded image that comes over MQTT."""
@@ -127,7 +127,8 @@ class Network:
     @property
     def troubles(self) -> frozenset[str]:
         """Alerts of the link that make the agent `degraded`."""
-        return frozenset(self._alerts)
+        outbox = () if self.courier.trouble is None else ("outbox cannot be written",)
+        return frozenset((*self._alerts, *outbox))
 
     def _came(self, incoming: Incoming) -> None:
         """One message, in the courier's thread."""

@@ -72,7 +72,7 @@ def test_everything_that_is_named_and_missing_is_told_at_once(config, tmp_path):
             source="source: {kind: archive, path: x.npz}",
         )
     )
-    assert [line.strip().split(": ")[:2] for line in told.splitlines()[1:]] == [
+    assert sorted(line.strip().split(": ")[:2] for line in told.splitlines()[1:]) == [
         [f"{tmp_path}/agent.yaml:{line}", name]
         for line, name in (
             *((1, "bundle"), (2, "source.path"), (3, "engine.name"), (5, "method.name"), (5, "method.name")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import ssl
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ def test_of_two_agents_with_one_name_both_answer_and_one_says_why_it_is_silent(r
     until(lambda: other.board.status.link == "online")
     for each in pair:
         goes_on(each)
-        assert each.network.courier.connects <= 3
+        assert each.network.courier.connects <= 4, "three, and the last return of the one that stays"
 
 
 # Adapters over the air.
@@ -144,7 +144,7 @@ def offered(running, mosquitto, observer, signer, tmp_path):
         key = f"load-{len(watcher.of(f'{ROOT}/ack/'))}"
         (inbox / f"{key}.eadelta").write_bytes(data)
         arguments = {"file": f"{key}.eadelta", "sha256": sha256 or hashlib.sha256(data).hexdigest()}
-        body = {"v": 1, "id": key, "by": "test", "reason": "a test", "expires_ms": 30_000, "d": arguments}
+        body = {"v": 1, "id": key, "by": "test", "reason": "a test", "expires_ms": int(1000 * time.time()) + 30_000, "d": arguments}
         watcher.publish(f"{ROOT}/cmd/load-adapter", json.dumps(body))
         ended = ("done", "failed", "rejected")
         answers = until(lambda: [each for each in watcher.of(f"{ROOT}/ack/{key}") if each["d"]["status"] in ended])
@@ -240,10 +240,10 @@ def test_an_expired_certificate_is_told_and_answers_go_on(running, mosquitto, tm
     )
     tls = {"ca": pki.ca, "certificate": device_files[0], "key": device_files[1]}
     agent = running(**mqtt_to(broker, tls=tls))
-    degraded(agent, "link: tls")
+    degraded(agent, {"device": "link: certificate", "broker": "link: tls"}[whose])
     assert told(agent, "certificate"), [event.text for event in agent.board.events()]
     goes_on(agent)
-    assert agent.board.status.link == "offline" and ssl.OPENSSL_VERSION
+    assert agent.board.status.link == "offline"
 
 
 def test_a_certificate_that_will_expire_is_told_in_time(running, mosquitto, observer, tmp_path):
@@ -283,7 +283,7 @@ def test_a_full_disk_under_the_outbox_is_over_when_it_is_over(running, mosquitto
 
         patch.setattr(outbox, "_write", full)
         agent.tell("drift", "told while the disk was full")
-        degraded(agent, "link: outbox")
+        degraded(agent, "outbox cannot be written")
         goes_on(agent)
     until(lambda: any("disk was full" in each["d"]["text"] for each in watcher.of(f"{ROOT}/event/drift")))
     ready(agent)

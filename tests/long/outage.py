@@ -10,11 +10,24 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stand import TOPICS, Broker, Controller, Life, Promise, arguments, count_of, finish, percentiles, stand
-from stand import wait_for, written
+from stand import (
+    TOPICS,
+    Broker,
+    Controller,
+    Life,
+    Promise,
+    arguments,
+    count_of,
+    finish,
+    percentiles,
+    stand,
+    wait_for,
+    written,
+)
 
 EVENTS_PER_S = 5.0
 BEFORE_S, SHORT_BEFORE_S = 60.0, 10.0
@@ -127,7 +140,7 @@ class Outage:
         found = 0
         for kind in ("tele", "event"):
             places = [place for _, (place, _, what, _) in sorted(self.series.numbers.items()) if what == kind]
-            found += sum(later < earlier for earlier, later in zip(places, places[1:], strict=False))
+            found += sum(later < earlier for earlier, later in pairwise(places))
         return found
 
     @property

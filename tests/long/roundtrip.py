@@ -9,8 +9,20 @@ import sys
 import time
 from typing import Any
 
-from stand import REPLIES, Broker, Controller, Life, Promise, arguments, count_of, finish, percentiles, stand
-from stand import wait_for, written
+from stand import (
+    REPLIES,
+    Broker,
+    Controller,
+    Life,
+    Promise,
+    arguments,
+    count_of,
+    finish,
+    percentiles,
+    stand,
+    wait_for,
+    written,
+)
 
 PACE_S, WARM_UP, FPS = 0.125, 16, 15.0
 P50_MS, P99_MS = 5.0, 50.0

@@ -44,7 +44,7 @@ conftest.tiny_bundle(conftest.made_tiny_net(), conftest.tiny_images(128), pathli
 
 def arguments(about: str, full: int, short: int, what: str) -> argparse.ArgumentParser:
     """A parser with what every check takes."""
-    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=about.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--count", type=int, help=f"{what}; {full:,}, or {short:,} with --short")
     parser.add_argument("--short", action="store_true", help="the short cut; what is only a matter of time never fails")
     parser.add_argument("--bundle", type=Path, help="of the agent; made first if there is none; else one is made apart")
@@ -226,7 +226,7 @@ def stand(asked: argparse.Namespace) -> Iterator[Path]:
         if not (bundle / "manifest.json").exists():
             print("making a small bundle ...", flush=True)
             command = [sys.executable, "-c", BUNDLE, str(bundle)]
-            done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+            done = subprocess.run(command, check=False, cwd=HERE.parent, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr)
         if bundle != folder / "bundle":
@@ -249,8 +249,8 @@ def written(folder: Path, port: int | None, **facts: Any) -> Path:
     source = {"kind": "archive", "path": "stream.npz", "loop": True, "policy": "block", **facts.pop("source", {})}
     mqtt = {"port": port, "keepalive_s": 5, **facts.pop("mqtt", {})}
     base = {
-        **{"site": TOPICS.site, "device": TOPICS.device, "bundle": "bundle", "state_dir": "state"},
-        **{"mode": "bounded_auto", "method": {"name": "moments"}, "log_level": "error", "source": source},
+        "site": TOPICS.site, "device": TOPICS.device, "bundle": "bundle", "state_dir": "state",
+        "mode": "bounded_auto", "method": {"name": "moments"}, "log_level": "error", "source": source,
         **({"mqtt": mqtt} if port else {}),
     }
     path = folder / "agent.yaml"
