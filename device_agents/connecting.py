@@ -10,6 +10,7 @@ from device_agents.topics import Topics
 from edge_adapt.errors import ConfigError
 
 DUEL, PATIENCE = 2, 4
+ALARM_DAYS = 14.0
 
 
 class Rival:
@@ -88,7 +89,7 @@ def alert_of(down: Down) -> str | None:
     return "taken-over" if down.code == TAKEN_OVER else None
 
 
-def certificate_days(settings: MqttSettings, clock: Clock) -> float | None:
+def _days(settings: MqttSettings, clock: Clock) -> float | None:
     """Days until our own certificate expires, negative afterwards; None: there is none, or no telling."""
     certificate = settings.tls.certificate if settings.tls is not None else None
     if certificate is None or clock.quality() == "unsync":
@@ -97,6 +98,18 @@ def certificate_days(settings: MqttSettings, clock: Clock) -> float | None:
         return days_left(certificate, now_s=clock.wall_ms() / 1000)
     except ConfigError:
         return None
+
+
+def expired(settings: MqttSettings, clock: Clock) -> bool:
+    """Whether our own certificate certainly has."""
+    left = _days(settings, clock)
+    return left is not None and left < 0
+
+
+def expiry_warning(settings: MqttSettings, clock: Clock) -> str | None:
+    """That it will soon; None: it will not, or there is no telling."""
+    left = _days(settings, clock)
+    return None if left is None or left >= ALARM_DAYS else f"the certificate expires in {left:.1f} days"
 
 
 def _password(settings: MqttSettings) -> str | None:

@@ -11,10 +11,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from device_agents.connecting import Rival, alert_of, certificate_days, link_options
+from device_agents.connecting import Rival, alert_of, expired, expiry_warning, link_options
 from device_agents.envelope import Clock, Envelopes
 from device_agents.mqtt import TAKEN_OVER, Acked, Down, Incoming, Link, LinkOptions, Subscribed, Up
 from device_agents.outbox import Outbox
@@ -26,7 +26,6 @@ from edge_adapt.errors import ConfigError, StateError
 
 log = logging.getLogger(__name__)
 Kind = Literal["ack", "event", "tele"]
-ALARM_DAYS = 14.0
 BUSY_S, CALM_S = 0.01, 0.1
 CONNECTING_S = 30.0
 TIDY_MS = 60_000
@@ -332,9 +331,9 @@ class Courier:
         self._tell(LinkChange(True, "connected"))
         if refused:
             self._tell(LinkChange(True, f"the broker refuses to subscribe {', '.join(refused)}", "subscription"))
-        left = certificate_days(self._settings, self._clock)
-        if left is not None and left < ALARM_DAYS:
-            self._tell(LinkChange(True, f"the certificate expires in {left:.1f} days", "certificate"))
+        warning = expiry_warning(self._settings, self._clock)
+        if warning is not None:
+            self._tell(LinkChange(True, warning, "certificate"))
         self._tell_losses()
 
     def _supervise(self, link: Link, now: int) -> None:
@@ -357,9 +356,8 @@ class Courier:
         self._sender.end(closed_by_peer=down.closed_by_peer)
         self._commit_soon(sync=False)
         alert = alert or alert_of(down)
-        left = certificate_days(self._settings, self._clock) if alert is None and not self._up_ms else None
-        if left is not None and left < 0:  # a broker that refuses it hangs up without a word
-            alert, down = "certificate", replace(down, reason=f"the certificate expired; {down.reason}")
+        if alert is None and not self._up_ms and expired(self._settings, self._clock):
+            alert = "certificate"  # a broker that refuses it hangs up without a word
         self._ended = alert == "taken-over"
         if link is not None and not link.close(graceful=self._ended):
             self._given_up += 1
@@ -370,7 +368,8 @@ class Courier:
         self._up_ms = 0
         wait = self._backoff.wait_ms(lasted_ms=lasted, hopeless=alert in ("auth", "protocol", "tls"))
         self._retry_ms = now + int(wait)
-        self._tell(LinkChange(False, down.reason, alert, stopped=self._ended))
+        reason = f"our certificate has expired; {down.reason}" if alert == "certificate" else down.reason
+        self._tell(LinkChange(False, reason, alert, stopped=self._ended))
 
     def _tell(self, change: LinkChange) -> None:
         """The same news is told once."""

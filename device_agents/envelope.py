@@ -8,7 +8,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from edge_adapt.errors import ConfigError
@@ -55,12 +56,21 @@ class SystemClock:
 
 def _disciplined() -> bool:
     """True if the kernel says that a time server keeps the clock. Elsewhere than on Linux: False."""
-    try:
-        adjtimex = ctypes.CDLL(None).adjtimex
-    except (OSError, AttributeError):
+    adjtimex = _adjtimex()
+    if adjtimex is None:
         return False
     facts = ctypes.create_string_buffer(512)  # struct timex, 208 bytes; `modes` 0 only reads
     return 0 <= int(adjtimex(facts)) < CLOCK_ERROR
+
+
+@lru_cache(maxsize=1)
+def _adjtimex() -> Callable[..., int] | None:
+    """The C function, looked up once: every envelope asks."""
+    try:
+        found: Callable[..., int] = ctypes.CDLL(None).adjtimex
+    except (OSError, AttributeError):
+        return None
+    return found
 
 
 def new_ulid(clock: Clock) -> str:

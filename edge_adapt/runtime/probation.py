@@ -30,11 +30,13 @@ class Probation:
 
     bundle: Bundle
     looks: int
-    """Looks after which it is trusted, if nothing spoke against it."""
+    """Looks after which it is trusted, if nothing spoke against it; but never before one trial is complete."""
     fallback: str
     """Slot that answers when it fails."""
     trial: Trial = field(default_factory=Trial.empty)
     seen: int = 0
+    judged: int = 0
+    """Trials that spoke for it."""
     verdict: Verdict = Verdict.OPEN
     reason: str = ""
 
@@ -51,7 +53,7 @@ class Probation:
         made = replace(self, trial=trial, seen=self.seen + 1)
         if trial.is_complete:
             made = made._judged()
-        if made.verdict is Verdict.OPEN and made.seen >= self.looks:
+        if made.verdict is Verdict.OPEN and made.judged and made.seen >= self.looks:
             return replace(made, verdict=Verdict.PASSED)
         return made
 
@@ -64,7 +66,7 @@ class Probation:
             return replace(self, verdict=Verdict.FAILED, reason=f"it agrees on {share}")
         if self._is_strange(trial):
             return replace(self, verdict=Verdict.FAILED, reason="it makes activations stranger than source does")
-        return replace(self, trial=Trial.empty())
+        return replace(self, trial=Trial.empty(), judged=self.judged + 1)
 
     def _is_strange(self, trial: Trial) -> bool:
         if not trial.tapped or "taps.mean" not in self.bundle.source:

@@ -144,13 +144,18 @@ def offered(running, mosquitto, observer, signer, tmp_path):
         key = f"load-{len(watcher.of(f'{ROOT}/ack/'))}"
         (inbox / f"{key}.eadelta").write_bytes(data)
         arguments = {"file": f"{key}.eadelta", "sha256": sha256 or hashlib.sha256(data).hexdigest()}
-        body = {"v": 1, "id": key, "by": "test", "reason": "a test", "expires_ms": int(1000 * time.time()) + 30_000, "d": arguments}
+        body = {"v": 1, "id": key, "by": "test", "reason": "a test", "expires_ms": soon_ms(), "d": arguments}
         watcher.publish(f"{ROOT}/cmd/load-adapter", json.dumps(body))
         ended = ("done", "failed", "rejected")
         answers = until(lambda: [each for each in watcher.of(f"{ROOT}/ack/{key}") if each["d"]["status"] in ended])
         return f"{answers[0]['d']['status']}: {answers[0]['d'].get('text', '')}"
 
     return start, load
+
+
+def soon_ms() -> int:
+    """Wall clock, 30 s from now."""
+    return int(1000 * (time.time() + 30))
 
 
 def ports(bundle, *, harmful: bool) -> Delta:
