@@ -50,9 +50,13 @@ def watched(agent: Agent, answers: Path | None = None) -> int:
     """Run an agent under signals: the first one asks it to stop, the second one ends the process."""
     logging.getLogger().handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
+    asked = False
+
     def stop(number: int, frame: FrameType | None) -> None:
-        if agent.stopping.is_set():
+        nonlocal asked
+        if asked:  # by a signal: one that follows a drained source or a command forces nothing
             os._exit(FORCED)
+        asked = True
         agent.stopping.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

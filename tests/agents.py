@@ -98,7 +98,7 @@ class Child:
         """before: words in front of the command line, such as `faketime`."""
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "agent.yaml"
-        config.write_text(json.dumps(settings.model_dump(mode="json", exclude_unset=True)))
+        config.write_text(json.dumps(settings.model_dump(mode="json", exclude_unset=True)) + "\n")
         self.log = folder / "log"
         words = [*before, str(Path(sys.executable).with_name("edge-adapt")), "run", str(config), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}

@@ -116,11 +116,11 @@ class Proxy:
     `delay_s` holds each chunk back; `bytes_per_s` throttles each direction.
     """
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], *, port: int = 0) -> None:
         self.mode, self.delay_s, self.bytes_per_s = "pass", 0.0, 0.0
         self.connects = 0
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.host, self.port = self._listener.getsockname()[:2]
         self._stop = threading.Event()
         self._pairs: dict[socket.socket, socket.socket] = {}
@@ -317,12 +317,12 @@ def mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
 
 
 @pytest.fixture
-def proxy() -> Iterator[Callable[[Any], Proxy]]:
+def proxy() -> Iterator[Callable[..., Proxy]]:
     """A factory of proxies in front of a broker."""
     made: list[Proxy] = []
 
-    def make(broker: Any) -> Proxy:
-        made.append(Proxy((broker.host, broker.port)))
+    def make(broker: Any, **facts: Any) -> Proxy:
+        made.append(Proxy((broker.host, broker.port), **facts))
         return made[-1]
 
     yield make

@@ -57,7 +57,7 @@ def speak(mine, count, start=0, every_s=0.0):
 
 
 @pytest.mark.fault(8)
-def test_no_broker_at_the_start_costs_nothing_and_is_connected_later(mosquitto, device, observer):
+def test_no_broker_at_the_start_costs_nothing_and_is_connected_later(mosquitto, device, observer, proxy):
     """The agent begins without a broker at once, and connects as soon as there is one."""
     away = Closed()
     start = time.monotonic()
@@ -65,8 +65,9 @@ def test_no_broker_at_the_start_costs_nothing_and_is_connected_later(mosquitto, 
     speak(mine, 20)
     assert time.monotonic() - start < 0.5
     wait_until(lambda: mine.courier.waiting == 25)
-    broker = mosquitto(port=away.port)
+    broker = mosquitto()
     watcher = observer(broker)
+    proxy(broker, port=away.port)  # now somebody listens there, and the watcher is ready
     wait_until(lambda: mine.courier.online and mine.courier.waiting == 0)
     wait_until(lambda: stream(watcher).keys() == set(range(1, 26)))
 
@@ -107,6 +108,7 @@ def test_a_broker_that_hangs_is_noticed_within_one_and_a_half_keepalives(mosquit
     """TCP stays open, nobody answers: noticed in time, everything kept, no thread stuck."""
     keepalive = 2
     broker = mosquitto()
+    watcher = observer(broker)
     mine = device(broker, mqtt={"keepalive_s": keepalive}).start()
     wait_until(lambda: mine.courier._sender.idle)
     broker.pause()
@@ -117,7 +119,6 @@ def test_a_broker_that_hangs_is_noticed_within_one_and_a_half_keepalives(mosquit
     wait_until(lambda: mine.courier.waiting == 10)
     assert sum(thread.name == "mqtt-network" for thread in threading.enumerate()) <= 1
     broker.resume()
-    watcher = observer(broker)
     wait_until(lambda: stream(watcher).keys() == set(range(1, 11)))
     assert mine.courier._given_up == 0
 

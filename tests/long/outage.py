@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ EVENTS_PER_S = 5.0
 BEFORE_S, SHORT_BEFORE_S = 60.0, 10.0
 AFTER_S = 3.0
 """Waited on, once the queue is empty."""
-DRAIN_S = 300.0
+DRAIN_S, CALM_S = 300.0, 2.0
 GROWTH_MB, FLAT_AFTER = 2.0, 0.2
 """Memory may grow so much during an outage, after so much of it."""
 RATIO = 1.2
@@ -112,7 +112,7 @@ class Outage:
         wait_for(lambda: self.series.newest > self.marks["back"], 180, "the agent did not come back")
         self._mark("online")
         wait_for(self._drained, DRAIN_S, "the queue did not drain")
-        self._mark("drained")
+        self._mark("drained", CALM_S)
         time.sleep(AFTER_S)
         self.code = self.life.stop()
         time.sleep(1.0)
@@ -120,13 +120,13 @@ class Outage:
         self.broker.stop()
 
     def _drained(self) -> bool:
-        """Whether what arrives now is new."""
+        """Whether nothing was told late for a moment."""
         time.sleep(0.2)
-        latest = max(self.series.numbers.values())
-        return not latest[3] and latest[1] > self.marks["online"]
+        lately = [when for _, when, _, late in self.series.numbers.values() if late]
+        return bool(lately) and time.monotonic() - max(lately) > CALM_S
 
-    def _mark(self, name: str) -> None:
-        self.marks[name] = time.monotonic()
+    def _mark(self, name: str, ago_s: float = 0.0) -> None:
+        self.marks[name] = time.monotonic() - ago_s
         print(f"{name} after {self.marks[name] - self.life.began:.0f} s", flush=True)
 
     @property
@@ -136,12 +136,13 @@ class Outage:
 
     @property
     def misplaced(self) -> int:
-        """Telemetry and events that first arrived after a later one of the same kind."""
-        found = 0
-        for kind in ("tele", "event"):
-            places = [place for _, (place, _, what, _) in sorted(self.series.numbers.items()) if what == kind]
-            found += sum(later < earlier for earlier, later in pairwise(places))
-        return found
+        """Messages that first arrived after a later one of the same kind. Telemetry of the moment does not wait behind
+        what is told late: it is another kind, and says so."""
+        places: dict[tuple[str, bool], list[int]] = defaultdict(list)
+        for _, (place, _, kind, late) in sorted(self.series.numbers.items()):
+            if kind != "ack":  # replies go before all else
+                places[kind, kind == "tele" and late].append(place)
+        return sum(later < earlier for each in places.values() for earlier, later in pairwise(each))
 
     @property
     def growth_mb(self) -> float:
