@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from device_agents.settings import NAME, MqttSettings
+from device_agents.homeassistant import PREFIX, STATUS_TOPIC, discovery_topic
+from device_agents.settings import NAME, AgentSettings, MqttSettings
 from device_agents.topics import CONTROLLER, GROUP
 from edge_adapt.errors import ConfigError
 
@@ -14,7 +15,16 @@ READ = ("desired", "birth", "cmd/#", "xfer/#")
 ORDERED = ("desired", "cmd/#", "xfer/#")
 
 
-def acl_file(prefix: str, site: str, *, controllers: Sequence[str] = (), readers: Sequence[str] = ()) -> str:
+def acl_file(
+    prefix: str,
+    site: str,
+    *,
+    controllers: Sequence[str] = (),
+    readers: Sequence[str] = (),
+    announced: Sequence[str] = (),
+    home_assistant: str | None = None,
+    images: Sequence[str] = (),
+) -> str:
     """Text of a mosquitto `acl_file`. What is not listed is refused.
 
     A device logs in with its name (`%u`: with mutual TLS the common name of its certificate). It cannot write its own
@@ -23,27 +33,66 @@ def acl_file(prefix: str, site: str, *, controllers: Sequence[str] = (), readers
     Args:
         controllers: users who may command every device of the site.
         readers: users who may read everything of the site, and write nothing.
-    Raises: ConfigError for a name that could not be a user here.
+        announced: devices that announce themselves to Home Assistant.
+        home_assistant: the user that Home Assistant logs in as.
+        images: topics outside our own tree whose images any device may take as frames.
+    Raises: ConfigError for a name that could not be a user, or a level of a topic, here.
     """
-    for name in (site, *prefix.split("/"), *controllers, *readers):
+    hubs = () if home_assistant is None else (home_assistant,)
+    levels = [level for topic in (prefix, *images) for level in topic.split("/")]
+    for name in (site, *levels, *controllers, *readers, *announced, *hubs):
         if not NAME.fullmatch(name):
             raise ConfigError(f"{name!r:.80} cannot be a name here", remedy="letters, digits, `_`, `-` and `.`")
     root = f"{prefix}/{site}"
     lines = ["# Devices: %u is the name that one logged in with.", *_device_lines(root)]
+    lines += [f"pattern read {topic}" for topic in images]
+    for name in announced:
+        topic = discovery_topic(site, name)
+        lines += ["", f"user {name}", f"topic write {topic}", f"topic read {STATUS_TOPIC}"]
     for name in controllers:
         lines += ["", f"user {name}", f"topic read {root}/#", f"topic readwrite {root}/{CONTROLLER}/{name}/#"]
         lines += [f"topic write {root}/+/{part}" for part in ORDERED]
         lines.append(f"topic write {root}/{GROUP}/+/cmd/#")
     for name in readers:
         lines += ["", f"user {name}", f"topic read {root}/#"]
+    for name in hubs:
+        lines += ["", f"user {name}", f"topic read {root}/#", f"topic readwrite {PREFIX}/#"]
     return "\n".join(lines) + "\n"
+
+
+def acl_of(
+    devices: Sequence[AgentSettings],
+    *,
+    controllers: Sequence[str] = (),
+    readers: Sequence[str] = (),
+    home_assistant: str | None = None,
+) -> str:
+    """`acl_file` for the site of these devices, with what they publish and read beside their own tree.
+
+    Raises: ConfigError if one of them has no broker, or if they are of different sites.
+    """
+    sites = {(one.mqtt.prefix if one.mqtt is not None else None, one.site) for one in devices}
+    if len(sites) != 1 or (None, devices[0].site) in sites:
+        raise ConfigError(
+            f"these are no devices of one site with one broker: {', '.join(one.device for one in devices)}",
+            remedy="give configurations with `mqtt`, all with the same `site` and `mqtt.prefix`",
+        )
+    ((prefix, site),) = sites
+    return acl_file(
+        str(prefix),
+        site,
+        controllers=controllers,
+        readers=readers,
+        announced=[one.device for one in devices if one.telemetry.home_assistant],
+        home_assistant=home_assistant,
+        images=sorted({one.source.topic for one in devices if one.source.kind == "mqtt" and one.source.topic}),
+    )
 
 
 def _device_lines(root: str) -> list[str]:
     lines = [f"pattern write {root}/%u/{part}" for part in WRITTEN]
     lines += [f"pattern read {root}/%u/{part}" for part in READ]
     lines.append(f"pattern read {root}/{GROUP}/+/cmd/#")
-    lines.append(f"pattern read {root}/{CONTROLLER}/+/state")
     lines.append(f"pattern write {root}/{CONTROLLER}/+/reply/%u/#")
     return lines
 

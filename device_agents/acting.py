@@ -15,7 +15,7 @@ from device_agents.adapters import Adapters
 from device_agents.board import Board
 from device_agents.core import Core
 from device_agents.desired import Desired
-from device_agents.keeping import KeepStage
+from device_agents.keeping import KeepStage, slot_of
 from device_agents.recorded import Recording
 from device_agents.rerun import OUTSIDE
 from device_agents.wishes import NAMED, Wish
@@ -119,13 +119,14 @@ class Acting:
 
     def _snapshot(self) -> dict[str, Any]:
         made = self._parts.keeper.save("asked for")
-        return {"slot": made.slot, "generation": made.generation}
+        return {"generation": made.generation}
 
     def _restore(self, slot: str) -> dict[str, Any]:
         if slot == SOURCE:
             self._ask("source")
         else:
-            self._ask_for(self._parts.keeper.from_snapshot(self._parts.store.load(slot)), f"snapshot {slot}")
+            keeper = self._parts.keeper
+            self._ask_for(keeper.from_snapshot(keeper.latest(slot)), f"snapshot of {slot}")
         return {"slot": slot, "version": self._parts.core.loop.predictor.version}
 
     def _rollback(self) -> dict[str, Any]:
@@ -141,8 +142,8 @@ class Acting:
             raise StateError(
                 "there is no earlier snapshot to go back to", remedy="`reset` goes back to source"
             ) from error
-        self._ask_for(self._parts.keeper.from_snapshot(found), f"snapshot {before}")
-        return {"slot": before, "generation": found.generation}
+        self._ask_for(self._parts.keeper.from_snapshot(found), f"snapshot {found.generation}")
+        return {"slot": slot_of(found), "generation": found.generation}
 
     def _reset(self) -> dict[str, Any]:
         self._ask("reset")
@@ -186,7 +187,7 @@ class Acting:
 
         self._ask_for(change, "an adapter that was committed")
         made = self._parts.keeper.save("committed")
-        return {"slot": made.slot, "generation": made.generation}
+        return {"generation": made.generation}
 
     def _drain(self) -> dict[str, Any]:
         self._parts.drain()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from edge_adapt.runtime.snapshots import SnapshotStore
 
 FETCH_S = 30.0
 """A server that says nothing for so long is given up."""
+LONGEST_S = 600.0
+"""A download that takes longer is given up, although something still comes."""
+BLOCK = 1 << 16
 
 
 class Adapters:
-    """`take` is for the command worker; chunks come in through `transfers`, from the courier's thread."""
+    """`take` is for the worker of slow commands; chunks come in through `transfers`, from the courier's thread."""
 
     def __init__(self, store: SnapshotStore, bundle: Bundle, trusted: Sequence[Path], *, inbox: Path) -> None:
         """
@@ -61,14 +64,18 @@ class Adapters:
 
 def fetched(url: str) -> bytes:
     """The body behind an address, at most `LARGEST` bytes. Raises: ArtifactError."""
+    data, deadline = bytearray(), time.monotonic() + LONGEST_S
     try:
         with urllib.request.urlopen(url, timeout=FETCH_S) as answer:
-            data: bytes = answer.read(LARGEST + 1)
-    except (OSError, urllib.error.URLError, ValueError) as error:
+            while len(data) <= LARGEST and (part := answer.read1(BLOCK)):
+                data += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"after {LONGEST_S:g} s it was not complete")
+    except (OSError, HTTPException, ValueError) as error:
         raise ArtifactError(f"{url} cannot be fetched: {error}", remedy="check the address from the device") from error
     if len(data) > LARGEST:
         raise ArtifactError(f"{url} has more than {LARGEST} bytes", remedy="a package is never so large")
-    return data
+    return bytes(data)
 
 
 def _facts(package: Package) -> dict[str, Any]:

@@ -289,7 +289,7 @@ class Agent:
         mqtt = settings.mqtt
         if mqtt is None:
             return Topics("ea/v1", settings.site, settings.device)
-        return Topics(mqtt.prefix, settings.site, settings.device, mqtt.groups, mqtt.controller)
+        return Topics(mqtt.prefix, settings.site, settings.device, mqtt.groups)
 
     def _page(self) -> Any:
         if self.settings.page is None:

@@ -1,7 +1,8 @@
 """Commands: taken from the network, checked, written down, carried out one at a time, and answered.
 
-Two threads. The clerk looks at what came in, and tells what it refuses and what it accepts, at once. The worker
-carries out. The network's own thread only leaves letters, and every queue between them has an end.
+Three threads. The clerk looks at what came in, and tells what it refuses and what it accepts, at once. The worker
+carries out; what has to wait for another machine, such as a download, has a worker of its own. The network's own thread
+only leaves letters, and every queue between them has an end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from device_agents.answers import Answers, Reply
@@ -37,14 +39,13 @@ TICK_S = 0.25
 AUDITED, UNWRITTEN = 512, 256
 """Characters of arguments kept for the audit; commands that may be known in memory only."""
 FLOOD = "flood"
+Waiting = queue.Queue[tuple[Request, Future[dict[str, Any]]]]
 
 
 class Commands:
     """`receive` is for the network, `submit_local` for buttons and signals; `execute` makes this a `Control` too.
 
-    Args:
-        control: carries out; one call at a time.
-        reply: sends an answer; must not wait for a network.
+    `reply` sends an answer, and must not wait for a network.
     """
 
     def __init__(
@@ -67,14 +68,16 @@ class Commands:
         self._inbox: queue.Queue[Letter] = queue.Queue(self.limits.inbox)
         self._gate = threading.Lock()
         """Held to decide about one command, so that two cannot both find the place free."""
-        self._waiting: queue.Queue[tuple[Request, Future[dict[str, Any]]]] = queue.Queue(self.limits.queue)
+        self._waiting: Waiting = queue.Queue(self.limits.queue)
+        self._slow: Waiting = queue.Queue(1)  # slow ones are heavy, and of those one at a time is accepted
         self._heavy: str | None = None
-        self._running: tuple[str, int] | None = None
+        self._running: dict[str, str] = {}
         self._unwritten: OrderedDict[str, Entry] = OrderedDict()
         self._stopping = threading.Event()
+        workers = [partial(self._worker, waiting) for waiting in (self._waiting, self._slow)]
         self._threads = [
-            threading.Thread(target=self._loop, args=(step,), name=name, daemon=True)
-            for name, step in (("commands-clerk", self._clerk), ("commands-worker", self._worker))
+            threading.Thread(target=self._loop, args=(step,), name=f"commands-{name}", daemon=True)
+            for name, step in zip(("clerk", "worker", "slow"), (self._clerk, *workers), strict=True)
         ]
 
     @property
@@ -85,10 +88,9 @@ class Commands:
             return {**self._counts, "unsent": self._answers.unsent}
 
     @property
-    def running(self) -> tuple[str, float] | None:
-        """The verb that is being carried out, and for how many seconds; None: there is none."""
-        now = self._running
-        return None if now is None else (now[0], (self._clock.mono_ms() - now[1]) / 1000)
+    def running(self) -> tuple[str, ...]:
+        """The verbs that are being carried out: one at most, and a slow one."""
+        return tuple(self._running.values())
 
     def start(self) -> None:
         """Tell what a restart interrupted, and begin."""
@@ -106,8 +108,9 @@ class Commands:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(max(0.0, deadline - time.monotonic()))
-        while (found := _next(self._waiting)) is not None:
-            self._finish(found[0], found[1], "failed", "stopping", "the agent stops: it did not begin")
+        for waiting in (self._waiting, self._slow):
+            while (found := _next(waiting)) is not None:
+                self._finish(found[0], found[1], "failed", "stopping", "the agent stops: it did not begin")
         self._answers.send_due(math.inf)
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -164,7 +167,7 @@ class Commands:
         """Do everything that waits, in the caller's thread: for tools and tests that start none."""
         while self._clerk(0.0):
             pass
-        while self._worker(0.0):
+        while self._worker(self._waiting, 0.0) or self._worker(self._slow, 0.0):
             pass
         self._answers.send_due(self._clock.mono_ms())
 
@@ -204,7 +207,7 @@ class Commands:
             self._count("accepted")
             told = _told(request, "accepted", "accepted", "")
             self._answers.give(request.address, told)
-            self._waiting.put_nowait((request, outcome))
+            (self._slow if request.verb.slow else self._waiting).put_nowait((request, outcome))
             return told
 
     def _refusal(self, request: Request) -> Rejection | None:
@@ -277,19 +280,19 @@ class Commands:
         self._answers.give(rejection.address, told)
         return told
 
-    # The worker.
+    # The workers.
 
-    def _worker(self, wait_s: float) -> bool:
+    def _worker(self, waiting: Waiting, wait_s: float) -> bool:
         """One command; False if none waits."""
-        found = _next(self._waiting, wait_s)
+        found = _next(waiting, wait_s)
         if found is None:
             return False
         request, outcome = found
-        self._running = request.verb.name, self._clock.mono_ms()
+        self._running[request.key] = request.verb.name
         try:
             self._carry_out(request, outcome)
         finally:
-            self._running = None
+            del self._running[request.key]
         return True
 
     def _carry_out(self, request: Request, outcome: Future[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`edge-adapt check`: arguments only."""
+"""`edge-adapt check` and `edge-adapt acl`: arguments only."""
 
 from __future__ import annotations
 
@@ -33,3 +33,23 @@ def check(
         )
     else:
         find(CHECKS, "bundle")(path)
+
+
+def acl(
+    configs: Annotated[list[Path], typer.Argument(help="configurations of devices of one site; others get in as well")],
+    controllers: Annotated[
+        list[str] | None, typer.Option("--controller", help="user who may command; may be given twice")
+    ] = None,
+    readers: Annotated[
+        list[str] | None, typer.Option("--reader", help="user who may read everything; may be given twice")
+    ] = None,
+    home_assistant: Annotated[str | None, typer.Option(help="user that Home Assistant logs in as")] = None,
+) -> None:
+    """Print the `acl_file` of mosquitto for a site: every device reaches its own topics alone."""
+    from device_agents.acl import acl_of
+    from device_agents.settings import AgentSettings
+    from edge_adapt.config import load_config
+
+    devices = [load_config(path, AgentSettings) for path in configs]
+    text = acl_of(devices, controllers=controllers or (), readers=readers or (), home_assistant=home_assistant)
+    typer.echo(text, nl=False)

@@ -9,7 +9,7 @@ from device_agents.tls import days_left, tls_context
 from device_agents.topics import Topics
 from edge_adapt.errors import ConfigError
 
-DUEL, PATIENCE = 2, 4
+DUEL, PATIENCE = 2, 8
 ALARM_DAYS = 14.0
 
 

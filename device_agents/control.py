@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Control(Protocol):
-    """Carried out by the agent, between two batches where it has to be; one call at a time."""
+    """Carried out by the agent, between two batches where it has to be; one call at a time, and a slow one beside."""
 
     def execute(self, verb: str, arguments: Mapping[str, Any], *, by: str) -> dict[str, Any]:
         """Do it, and return what to tell about it.

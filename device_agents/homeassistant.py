@@ -31,7 +31,7 @@ def discovery(
         version: of edge-adapt.
         address: of the local page, for a link; only where others can reach it.
     """
-    node = node_id(settings)
+    node = node_id(settings.site, settings.device)
     device = {
         "identifiers": [node],
         "name": settings.device,
@@ -54,15 +54,20 @@ def discovery(
         ],
         "qos": 1,
     }
-    return f"{PREFIX}/device/{node}/config", payload
+    return discovery_topic(settings.site, settings.device), payload
 
 
-def node_id(settings: AgentSettings) -> str:
+def discovery_topic(site: str, device: str) -> str:
+    """Where a device announces itself."""
+    return f"{PREFIX}/device/{node_id(site, device)}/config"
+
+
+def node_id(site: str, device: str) -> str:
     """Id of the device: letters, digits, `_` and `-` only, which is what Home Assistant takes.
 
     A dot becomes `-2E`, and a hyphen is doubled, so that two devices never get one id.
     """
-    parts = (re.sub(r"-", "--", part).replace(".", "-2E") for part in (settings.site, settings.device))
+    parts = (re.sub(r"-", "--", part).replace(".", "-2E") for part in (site, device))
     return "ea_" + "-_".join(parts)
 
 

@@ -18,7 +18,7 @@ from edge_adapt.errors import EdgeAdaptError, StateError
 from edge_adapt.runtime.live import GIVEN, OWN, Learned
 from edge_adapt.runtime.probation import Probation
 from edge_adapt.runtime.snapshot_file import Facts, Snapshot
-from edge_adapt.runtime.snapshots import SnapshotStore
+from edge_adapt.runtime.snapshots import SLOTS, SnapshotStore
 
 FROM_OUTSIDE = "adapter from outside"
 """Note of a snapshot that is no state of our method, but an adapter that was trusted."""
@@ -72,13 +72,26 @@ class KeepStage(Stage):
         except EdgeAdaptError as error:
             self._tell("fault", f"snapshot {found.slot} cannot be used: {error.what}; source answers", "warning")
 
+    def latest(self, slot: str) -> Snapshot:
+        """The latest good snapshot of `own` or `adapter`. Raises: StateError if there is none."""
+        for file in sorted(SLOTS, key=lambda name: name != self.store.current):
+            try:
+                found = self.store.load(file)
+            except EdgeAdaptError:
+                continue
+            if slot_of(found) == slot:
+                return found
+        raise StateError(
+            f"no snapshot of {slot!r} is kept", remedy="`snapshot` keeps what answers now; `source` is always there"
+        )
+
     def from_snapshot(self, found: Snapshot) -> Callable[[Learned[Any]], Learned[Any]]:
         """A wish for the live loop: what was in force then. Its state, if it is of this method; else its delta."""
         method, name = self.core.method, self._method
 
         def change(learned: Learned[Any]) -> Learned[Any]:
             fresh = replace(learned, probation=None, given=None, failures=0)
-            if found.facts.note == FROM_OUTSIDE or found.structure is None:
+            if slot_of(found) == GIVEN:
                 return replace(fresh, given=found.delta, slot=GIVEN)
             if found.facts.method != name:
                 raise StateError(
@@ -182,6 +195,11 @@ class KeepStage(Stage):
         if self.trouble is None:
             self._tell("fault", f"no snapshot: {error.what}", "error")
         self.trouble = error.what
+
+
+def slot_of(found: Snapshot) -> str:
+    """What a snapshot that was read from a file is of: `own` or `adapter`."""
+    return GIVEN if found.facts.note == FROM_OUTSIDE or found.structure is None else OWN
 
 
 def method_id(method: MethodSettings) -> str:

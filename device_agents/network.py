@@ -69,6 +69,9 @@ class Network:
         self.teller = Teller(board, self.courier, topics, settings.telemetry)
         self._pushed = pushed
         self._alerts: set[str] = set()
+        self._board, self._version = board, version("edge-adapt")
+        self._reported: dict[str, Any] | None = None
+        """As published last."""
 
     def connect(
         self, commands: Commands, desired: Desired, transfers: Transfers, source: FrameSource, tell: Tell
@@ -89,6 +92,7 @@ class Network:
     def tick(self, now: float) -> None:
         """Tell what changed. now: monotonic seconds."""
         self.teller.tick(now)
+        self.report()
 
     def rebirth(self) -> None:
         """Publish birth, reported and, if wanted, the announcement to Home Assistant."""
@@ -101,14 +105,22 @@ class Network:
                 "limits": {"max_payload": self._mqtt.max_payload},
             },
         )
+        self._reported = None
         self.report()
         if self._settings.telemetry.home_assistant:
-            topic, document = discovery(self._settings, self._topics, version=version("edge-adapt"))
+            topic, document = discovery(self._settings, self._topics, version=self._version)
             self.courier.latest(topic, document, plain=True)
 
     def report(self) -> None:
-        """Publish what is in force."""
-        self.courier.latest(self._topics.reported, self._desired.reported(slots={}, versions={}))
+        """Publish what is in force, if it is something else than was published last."""
+        status = self._board.status
+        found = self._desired.reported(
+            slots={"answers": status.slot, "on_probation": status.on_probation, "frozen": status.frozen},
+            versions={"edge_adapt": self._version, "bundle": status.bundle_id},
+        )
+        if found != self._reported:
+            self._reported = found
+            self.courier.latest(self._topics.reported, found)
 
     def reply(self, reply: Reply) -> None:
         """An answer to a command."""

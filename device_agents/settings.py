@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from edge_adapt.monitor.sensor import FROZEN_AFTER
+
 Mode = Literal["shadow", "recommend", "bounded_auto"]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -47,6 +49,9 @@ class SourceSettings(_Strict):
         "newest", description="which frame survives in a full queue; `block` makes the source wait"
     )
     batch: int = Field(1, ge=1, le=1024, description="at most so many waiting frames are answered together")
+    frozen_after: int = Field(
+        FROZEN_AFTER, ge=2, le=1_000_000, description="so many identical frames in a row: the sensor is stuck"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> SourceSettings:
@@ -117,7 +122,6 @@ class MqttSettings(_Strict):
     session_expiry_s: int = Field(3600, ge=0)
     max_payload: int = Field(16_384, ge=1024, le=1_048_576, description="largest payload in bytes")
     outbox_mb: Positive = Field(64.0, description="disk space for what waits while the broker is away")
-    controller: str | None = Field(None, description="name of the primary controller whose presence is watched")
     groups: tuple[str, ...] = Field((), description="groups whose broadcast commands are obeyed")
     trusted_keys: tuple[Path, ...] = Field((), description="Ed25519 public keys that may sign adapters")
 

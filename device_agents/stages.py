@@ -93,7 +93,7 @@ class AnswerStage(Stage):
         """Told of every answered batch, in this thread: they may not block."""
         self.busy = False
         """True while frames are being answered."""
-        self._check = SensorCheck(core.bundle.manifest.input)
+        self._check = SensorCheck(core.bundle.manifest.input, frozen_after=core.settings.source.frozen_after)
         self._wall_ms = wall_ms
         self._classes = core.bundle.manifest.classes
 

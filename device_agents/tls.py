@@ -6,8 +6,6 @@ import ssl
 import time
 from pathlib import Path
 
-from cryptography import x509
-
 from device_agents.settings import TlsSettings
 from edge_adapt.errors import ConfigError
 
@@ -54,6 +52,8 @@ def tls_context(tls: TlsSettings, *, clock_unset: bool) -> ssl.SSLContext:
 def days_left(certificate: Path, *, now_s: float | None = None) -> float:
     """Days until a certificate expires; negative afterwards. Raises: ConfigError if it cannot be read."""
     try:
+        from cryptography import x509  # only where there is a certificate: a start waits for it
+
         end = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
     except (OSError, ValueError) as error:
         raise ConfigError(f"the certificate {certificate} cannot be read: {error}", remedy="expected PEM") from error

@@ -17,9 +17,9 @@ class Place(NamedTuple):
     """Where a message stands in the tree."""
 
     kind: str
-    """state, birth, reported, desired, tele, event, alert, cmd, ack, xfer, or ctrl (presence of the controller)."""
+    """state, birth, reported, desired, tele, event, alert, cmd, ack or xfer."""
     parts: tuple[str, ...] = ()
-    """What follows: the group, kind, id or verb; id and number of a chunk; the name of the controller."""
+    """What follows: the group, kind, id or verb; id and number of a chunk."""
     group: str | None = None
     """The group that a broadcast command was sent to."""
 
@@ -35,13 +35,10 @@ class Topics:
     site: str
     device: str
     groups: tuple[str, ...] = ()
-    controller: str | None = None
 
     def __post_init__(self) -> None:
         for level in (*self.prefix.split("/"), self.site, self.device, *self.groups):
             _level(level)
-        if self.controller is not None:
-            _level(self.controller)
 
     @property
     def root(self) -> str:
@@ -86,8 +83,6 @@ class Topics:
         """Filters of everything that this device listens to."""
         filters = [self.desired, f"{self.root}/cmd/+", f"{self.root}/xfer/+/+"]
         filters += [f"{self.prefix}/{self.site}/{GROUP}/{group}/cmd/+" for group in self.groups]
-        if self.controller is not None:
-            filters.append(f"{self.prefix}/{self.site}/{CONTROLLER}/{self.controller}/state")
         return filters
 
     def parse(self, topic: str) -> Place | None:
@@ -102,8 +97,6 @@ class Topics:
             return _of_device(levels[1:])
         if levels[0] == GROUP and len(levels) == 4 and levels[1] in self.groups and levels[2] == "cmd":
             return Place("cmd", (levels[3],), group=levels[1])
-        if levels[0] == CONTROLLER and self.controller is not None and levels[1:] == [self.controller, "state"]:
-            return Place("ctrl", (self.controller,))
         return None
 
 

@@ -31,7 +31,10 @@ class Arguments(BaseModel):
 
 
 class Restore(Arguments):
-    slot: Literal["source", "A", "B", "adapter"] = Field(description="the snapshot that shall be in force")
+    slot: Literal["source", "own", "adapter"] = Field(
+        description="what shall answer: the model as exported, or the latest snapshot of what was learned, or of an "
+        "adapter from outside"
+    )
 
 
 class Freeze(Arguments):
@@ -111,6 +114,8 @@ class Verb:
     arguments: type[Arguments] = Arguments
     heavy: bool = False
     """One of these at a time; another one is refused as long as it runs."""
+    slow: bool = False
+    """A heavy one that has to wait for another machine: lighter ones do not wait for it."""
     danger: bool = False
     """Needs a reason where its arguments are risky, and is audited."""
     repeatable: bool = False
@@ -185,13 +190,13 @@ VERBS: Mapping[str, Verb] = {
         Verb("ping", "Answer, and do nothing else.", repeatable=True),
         Verb("rebirth", "Publish state, birth and reported again.", repeatable=True),
         Verb("snapshot", "Save what was learned, now.", heavy=True),
-        Verb("restore", "Put a snapshot in force.", Restore, heavy=True),
+        Verb("restore", "Put source or the latest snapshot of a slot in force.", Restore, heavy=True),
         Verb("rollback", "Go back to the adapter before this one."),
         Verb("reset", "Go back to source and forget what was learned.", danger=True, repeatable=True),
         Verb("freeze", "Stop learning, or go on.", Freeze, repeatable=True),
         Verb("set-mode", "Set how much the agent may do alone.", SetMode, danger=True, repeatable=True),
         Verb("set-config", "Change live settings, until the next restart.", SetConfig, danger=True),
-        Verb("load-adapter", "Load a signed adapter on probation.", LoadAdapter, heavy=True, danger=True),
+        Verb("load-adapter", "Load a signed adapter on probation.", LoadAdapter, heavy=True, slow=True, danger=True),
         Verb("commit-adapter", "Trust the adapter that is on probation.", heavy=True),
         Verb("drain", "Finish what waits, save, and stop.", heavy=True),
         Verb("record", "Start or stop the recording of frames.", Record),

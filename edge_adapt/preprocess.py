@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from edge_adapt.bundle import InputSpec
 from edge_adapt.errors import DataError
@@ -74,6 +73,8 @@ def resized(image: Array, resize: tuple[int, int]) -> Array:
     if min(height, width) != short and (height, width) != (crop, crop):
         ratio = short / min(height, width)
         size = (max(short, round(width * ratio)), max(short, round(height * ratio)))
+        from PIL import Image  # not for frames that have the size already: a start waits for it
+
         squeezed = image[..., 0] if image.shape[-1] == 1 else image
         picture = Image.fromarray(squeezed).resize(size, Image.Resampling.BILINEAR)
         image = np.asarray(picture).reshape(size[1], size[0], image.shape[-1])

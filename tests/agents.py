@@ -10,16 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from device_agents import courier
+from device_agents import courier, looking
 from device_agents.agent import Agent
+from device_agents.host import read_host
 from device_agents.sender import Pace
 from device_agents.settings import AgentSettings
+from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
+from edge_adapt.preprocess import Preprocess
+from edge_adapt.runtime.predictor import Predictor
 
 WAIT_S = 20.0
 QUICK = Pace(backoff_s=(0.1, 0.4), stable_s=5.0, latest_gap_s=0.05, drain_per_s=2000)
@@ -125,6 +130,23 @@ class Child:
         self._process.wait(WAIT_S)
 
 
+def learned(agent: Agent, versions: int = 2) -> None:
+    """It goes on learning, and what it learns takes force."""
+    version = agent.board.status.version
+    until(lambda: agent.board.status.version >= version + versions, "it learns no more")
+
+
+def check_source_answers(agent: Agent, data, bundle) -> None:
+    """The next answers are those of the model as exported, to the last bit that matters."""
+    taken = []
+    agent.listen(lambda frames, reply: taken.append((frames[0].image, reply.logits[0])))
+    until(lambda: len(taken) >= 30)
+    images = np.stack([image for image, _ in taken[:30]])
+    with closing(OnnxRuntimeEngine(bundle)) as engine:
+        expected = Predictor(bundle, engine).answer(Preprocess(bundle.manifest.input)(images)).logits
+    np.testing.assert_allclose(np.stack([logits for _, logits in taken[:30]]), expected, atol=1e-4)
+
+
 # fixtures: import them where they are needed
 
 
@@ -205,3 +227,11 @@ def child(settings, tmp_path) -> Iterator[Callable[..., Child]]:
     yield start
     for each in made:
         each.kill()
+
+
+@pytest.fixture
+def calm_board(monkeypatch):
+    """A board that is neither hot nor short of power, whatever this machine measures; returns what it tells."""
+    facts: dict[str, float] = {"temperature_c": 40.0}
+    monkeypatch.setattr(looking, "read_host", lambda: {**read_host(), **facts})
+    return facts

@@ -17,14 +17,14 @@ from device_agents.mqtt import Incoming
 from device_agents.request import Limits
 from device_agents.topics import Topics
 
-TOPICS = Topics("ea/v1", "hall", "cam1", groups=("line4",), controller="plant")
+TOPICS = Topics("ea/v1", "hall", "cam1", groups=("line4",))
 GROUP = "ea/v1/hall/_group/line4/cmd/"
 SHA = "0" * 64
 ARGUMENTS: Mapping[str, dict[str, Any]] = {
     "ping": {},
     "rebirth": {},
     "snapshot": {},
-    "restore": {"slot": "A"},
+    "restore": {"slot": "own"},
     "rollback": {},
     "reset": {},
     "freeze": {"on": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import shutil
 import ssl
@@ -9,15 +10,21 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from agents import running, settings, stream
 from brokers import TOPICS, free_port, wait_until
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from pki import Pki
 
-from device_agents.acl import acl_file, mosquitto_conf
+from device_agents.acl import acl_file, acl_of, mosquitto_conf
+from device_agents.homeassistant import STATUS_TOPIC, discovery_topic
 from device_agents.mqtt import Acked, Incoming, Link, LinkOptions, Message, Subscribed, Up
 from device_agents.settings import MqttSettings
 from device_agents.tls import days_left, tls_context
+from edge_adapt.cli import run
 from edge_adapt.errors import ConfigError
 
+__all__ = ["running", "settings", "stream"]
 PASSWORD = "pass word"
 
 
@@ -31,17 +38,26 @@ def users(path, *names):
 
 
 @pytest.fixture
-def guarded(mosquitto, tmp_path):
-    """A mosquitto under the generated files, with passwords."""
-    settings = MqttSettings(port=free_port())
-    acl = tmp_path / "acl"
-    acl.write_text(acl_file("ea/v1", "lab", controllers=["boss"], readers=["ingest"]))
-    passwords = users(tmp_path / "passwords", "dev1", "dev2", "boss", "ingest")
-    if passwords.stat().st_uid == 0:
-        for file in (acl, passwords):
-            file.chmod(0o644)
-    lines = mosquitto_conf(settings, tmp_path, acl=acl, passwords=passwords).splitlines()
-    return mosquitto(*lines, port=settings.port)
+def under(mosquitto, tmp_path):
+    """A factory: a mosquitto under an ACL and the generated configuration, with passwords."""
+
+    def make(text):
+        settings = MqttSettings(port=free_port())
+        acl = tmp_path / "acl"
+        acl.write_text(text)
+        passwords = users(tmp_path / "passwords", "dev1", "dev2", "boss", "ingest", "ha", "camera")
+        if passwords.stat().st_uid == 0:
+            for file in (acl, passwords):
+                file.chmod(0o644)
+        lines = mosquitto_conf(settings, tmp_path, acl=acl, passwords=passwords).splitlines()
+        return mosquitto(*lines, port=settings.port)
+
+    return make
+
+
+@pytest.fixture
+def guarded(under):
+    return under(acl_file("ea/v1", "lab", controllers=["boss"], readers=["ingest"]))
 
 
 def talk(broker, user):
@@ -112,6 +128,95 @@ def test_a_reader_reads_and_writes_nothing(guarded):
     assert reader.publish(TOPICS.cmd("ping")) == 0x87
     for each in (reader, device):
         each.link.close()
+
+
+ANNOUNCED = discovery_topic("lab", "dev1")
+
+
+def test_a_device_announces_itself_to_home_assistant_and_no_other_device_does(under):
+    broker = under(acl_file("ea/v1", "lab", announced=["dev1"], home_assistant="ha"))
+    device, other, hub = talk(broker, "dev1"), talk(broker, "dev2"), talk(broker, "ha")
+    assert device.publish(ANNOUNCED) < 0x80 and device.publish(TOPICS.state) < 0x80
+    assert other.publish(ANNOUNCED) == 0x87 and other.publish(discovery_topic("lab", "dev2")) == 0x87
+    assert device.publish(STATUS_TOPIC) == 0x87 and hub.publish(TOPICS.cmd("reset")) == 0x87
+    device.subscribe(STATUS_TOPIC)
+    assert hub.publish(STATUS_TOPIC) < 0x80
+    assert next_of(device.news, Incoming).topic == STATUS_TOPIC
+    hub.subscribe(TOPICS.tele("perf"), "homeassistant/#")
+    device.publish(TOPICS.tele("perf"))
+    assert next_of(hub.news, Incoming).topic == TOPICS.tele("perf")
+    for each in (device, other, hub):
+        each.link.close()
+
+
+def test_without_discovery_home_assistant_is_no_topic_of_the_file():
+    assert "homeassistant" not in acl_file("ea/v1", "lab", controllers=["boss"], readers=["ingest"])
+
+
+def test_images_that_a_device_takes_as_frames_reach_it(under):
+    text = acl_file("ea/v1", "lab", images=["cameras/7/jpeg"])
+    broker = under(f"{text}\nuser camera\ntopic write cameras/#\n")
+    device, camera = talk(broker, "dev1"), talk(broker, "camera")
+    device.subscribe("cameras/#")
+    for topic in ("cameras/8/jpeg", "cameras/7/jpeg"):
+        assert camera.publish(topic) < 0x80
+    assert next_of(device.news, Incoming).topic == "cameras/7/jpeg"
+    assert device.publish("cameras/7/jpeg") == 0x87
+    for each in (device, camera):
+        each.link.close()
+
+
+def test_an_agent_that_is_announced_needs_nothing_that_the_file_refuses(under, running, observer, settings, tmp_path):
+    facts = {
+        "site": "lab",
+        "device": "dev1",
+        "telemetry": {"interval_s": 0.5, "minimum_s": 0.25, "home_assistant": True},
+    }
+    mqtt = {"port": 1, "keepalive_s": 2, "username": "dev1", "password_file": tmp_path / "secret"}
+    mqtt["password_file"].write_text(PASSWORD)
+    broker = under(acl_of([settings(**facts, mqtt=mqtt)], controllers=["boss"], home_assistant="ha"))
+    hub = observer(broker, client_id="ha", username="ha", password=PASSWORD)
+    boss = observer(broker, client_id="boss", username="boss", password=PASSWORD)
+    agent = running(**facts, mqtt={**mqtt, "port": broker.port})
+    wait_until(lambda: hub.of(ANNOUNCED) and hub.of(TOPICS.tele("perf")) and hub.of(TOPICS.reported))
+    hub.publish(STATUS_TOPIC, "online")
+    wait_until(lambda: len(hub.of(ANNOUNCED)) == 2)
+    reply = "ea/v1/lab/_ctrl/boss/reply/dev1"
+    properties = Properties(PacketTypes.PUBLISH)
+    properties.ResponseTopic, properties.MessageExpiryInterval = reply, 30
+    properties.UserProperty = [("idem", "k1")]
+    boss.publish(TOPICS.cmd("ping"), b'{"v":1}', properties=properties)
+    wait_until(lambda: [one["d"]["status"] for one in boss.of(reply)] == ["accepted", "done"])
+    assert agent.board.status.state == "ready" and not agent.network.troubles
+    assert not [event for event in agent.board.events() if "link" in event.text and event.severity != "info"]
+
+
+def test_devices_of_two_sites_and_without_a_broker_have_no_file_in_common(settings):
+    one = settings(mqtt={}, site="lab")
+    assert acl_of([one, settings(mqtt={}, site="lab", device="b")]) == acl_file("ea/v1", "lab")
+    for others in ([settings(mqtt={}, site="hall")], [settings(mqtt={"prefix": "x"}, site="lab")], [settings()]):
+        with pytest.raises(ConfigError, match="no devices of one site"):
+            acl_of([one, *others])
+    with pytest.raises(ConfigError, match="no devices of one site"):
+        acl_of([settings()])
+
+
+def test_the_command_prints_the_file_of_configurations(tmp_path, settings, capsys):
+    source = {"kind": "mqtt", "topic": "cameras/7/jpeg"}
+    for name, facts in (("a", {"telemetry": {"home_assistant": True}}), ("b", {"source": source})):
+        made = settings(site="lab", device=name, mqtt={}, **facts)
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(made.model_dump(mode="json", exclude_unset=True)) + "\n")
+    options = ["--controller", "boss", "--reader", "ingest", "--home-assistant", "ha"]
+    assert run(["acl", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), *options]) == 0
+    assert capsys.readouterr().out == acl_file(
+        "ea/v1",
+        "lab",
+        controllers=["boss"],
+        readers=["ingest"],
+        announced=["a"],
+        home_assistant="ha",
+        images=["cameras/7/jpeg"],
+    )
 
 
 def test_a_courier_works_under_the_generated_files(guarded, device, observer, tmp_path):
@@ -221,6 +326,8 @@ def test_a_name_cannot_smuggle_a_line_into_the_file(name):
         acl_file("ea/v1", "lab", controllers=[name])
     with pytest.raises(ConfigError):
         acl_file("ea/v1", name)
+    with pytest.raises(ConfigError):
+        acl_file("ea/v1", "lab", images=[f"cameras/{name}"])
 
 
 def test_tls_without_a_certificate_of_the_broker_is_refused(pki, tmp_path):

@@ -85,13 +85,31 @@ def test_rollback_without_a_snapshot_says_so_and_restore_takes_one_back(running)
     assert agent.commands.submit_local("rollback", {}, "test")["status"] == "failed"
     until(lambda: agent.board.status.version > 2)
     agent.commands.submit_local("freeze", {"on": True}, "test")
-    slot = agent.commands.submit_local("snapshot", {}, "test")["result"]["slot"]
+    assert agent.commands.submit_local("restore", {"slot": "own"}, "test")["status"] == "failed"
+    assert agent.commands.submit_local("snapshot", {}, "test")["result"]["generation"] == 1
     kept = agent.core.loop.predictor.delta
     agent.commands.submit_local("restore", {"slot": "source"}, "test")
     assert not agent.core.loop.predictor.delta
-    told = agent.commands.submit_local("restore", {"slot": slot}, "test")
+    until(lambda: agent.board.status.slot == "source")
+    told = agent.commands.submit_local("restore", {"slot": "own"}, "test")
     assert told["status"] == "done", told
     assert agent.core.loop.predictor.delta.same_as(kept)
+    until(lambda: agent.board.status.slot == "own")
+    assert "no snapshot of 'adapter'" in agent.commands.submit_local("restore", {"slot": "adapter"}, "test")["text"]
+
+
+def test_an_adapter_that_was_committed_is_restored_by_its_name(running):
+    agent = running(mode="recommend", snapshots={"every_s": 600})
+    until(lambda: bool(agent.core.method.delta(agent.core.learned.state)))
+    agent.commands.submit_local("freeze", {"on": True}, "test")
+    agent.commands.submit_local("snapshot", {}, "test")
+    agent.commands.submit_local("commit-adapter", {}, "test")
+    given = agent.core.learned.given
+    agent.commands.submit_local("restore", {"slot": "source"}, "test")
+    assert not agent.core.loop.predictor.delta
+    told = agent.commands.submit_local("restore", {"slot": "adapter"}, "test")
+    assert told["status"] == "done", told
+    assert agent.core.loop.predictor.delta.same_as(given)
 
 
 def test_labels_that_come_late_give_an_interval(running):
@@ -163,7 +181,7 @@ def test_a_snapshot_of_another_method_is_not_used(running, settings):
 def test_errors_of_wishes_reach_the_one_who_wished(running):
     agent = running()
     with pytest.raises((ConfigError, StateError)):
-        agent.commands.execute("restore", {"slot": "B"}, by="test")
+        agent.commands.execute("restore", {"slot": "adapter"}, by="test")
     assert isinstance(agent.core.loop.predictor.delta, Delta)
 
 

@@ -375,7 +375,8 @@ def test_rival_needs_two_births_of_one_other_process():
 def test_of_two_rivals_one_stays():
     first, second = Rival("a"), Rival("b")
     assert [first.met(birth("b", str(n)), first_connection=False) for n in range(2)] == [None, "b"]
-    assert [second.met(birth("a", str(n)), first_connection=False) for n in range(3)] == [None] * 3
+    assert [second.met(birth("a", str(n)), first_connection=False) for n in range(7)] == [None] * 7
+    assert second.met(birth("a", "7"), first_connection=False) == "a", "the other one never gave up"
 
 
 def test_quick_pace_is_only_for_tests():

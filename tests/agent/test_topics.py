@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from device_agents.topics import Place, Topics
 from edge_adapt.errors import ConfigError
 
-TOPICS = Topics("ea/v1", "lab", "dev1", ("all", "north"), "boss")
+TOPICS = Topics("ea/v1", "lab", "dev1", ("all", "north"))
 
 
 def test_every_topic_of_the_tree():
@@ -30,17 +30,15 @@ def test_every_topic_of_the_tree():
     assert {topic: TOPICS.parse(topic) for topic in built} == built
 
 
-def test_it_listens_to_itself_its_groups_and_its_controller():
+def test_it_listens_to_itself_and_its_groups():
     assert TOPICS.subscriptions == [
         "ea/v1/lab/dev1/desired",
         "ea/v1/lab/dev1/cmd/+",
         "ea/v1/lab/dev1/xfer/+/+",
         "ea/v1/lab/_group/all/cmd/+",
         "ea/v1/lab/_group/north/cmd/+",
-        "ea/v1/lab/_ctrl/boss/state",
     ]
     assert TOPICS.parse("ea/v1/lab/_group/all/cmd/ping") == Place("cmd", ("ping",), "all")
-    assert TOPICS.parse("ea/v1/lab/_ctrl/boss/state") == Place("ctrl", ("boss",))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,7 @@ def test_it_listens_to_itself_its_groups_and_its_controller():
         "ea/v1/lab/dev1/xfer/a/-1",
         "ea/v1/lab/_group/south/cmd/ping",
         "ea/v1/lab/_group/all/desired",
-        "ea/v1/lab/_ctrl/other/state",
+        "ea/v1/lab/_ctrl/boss/state",
         "$SYS/broker/version",
     ],
 )

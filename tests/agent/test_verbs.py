@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 from command_bench import ARGUMENTS, SHA
 
+from device_agents.board import SLOTS
 from device_agents.verbs import VERBS, catalogue, verb
 from edge_adapt.errors import ConfigError
+
+
+def test_what_is_restored_has_the_names_that_the_board_shows():
+    choices = catalogue()["restore"]["arguments"]["properties"]["slot"]["enum"]
+    assert tuple(choices) == SLOTS
 
 
 def test_every_verb_of_the_design_is_there():
@@ -37,6 +43,7 @@ def test_no_verb_takes_an_argument_that_it_does_not_know(name):
         ("freeze", {"onn": True}, "did you mean on"),
         ("set-mode", {"mode": "auto"}, "bounded_auto"),
         ("restore", {"slot": "../A"}, "`slot`"),
+        ("restore", {"slot": "A"}, "'source', 'own' or 'adapter'"),
         ("set-config", {"config": {"budgt.learn_ms_per_s": 1}}, "did you mean budget.learn_ms_per_s"),
         ("set-config", {"config": {"mqtt.host": "evil"}}, "no live field"),
         ("set-config", {"config": {"budget.queue": 3}}, "no live field"),

@@ -26,6 +26,7 @@ from device_agents.settings import AgentSettings
 
 CPU_S = 0.05
 """What one malicious command may cost."""
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 DEEP = b'{"v":1,"d":' + b'{"a":' * 2_000 + b"1" + b"}" * 2_001
 TEXT = st.text(max_size=40)
 JSON = st.recursive(
@@ -163,7 +164,7 @@ def test_no_answer_to_a_rejection_can_be_taken_for_a_command(bench):
 
 
 @pytest.mark.fault(15)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 @given(
     verb=st.sampled_from([*ARGUMENTS, "reset ", "RESET", "x", "", "../reset"]),
     head=st.dictionaries(st.sampled_from(["v", "id", "by", "reason", "reply_to", "expires_ms"]), JSON, max_size=6),
@@ -196,7 +197,7 @@ def test_whatever_is_sent_is_done_or_rejected_by_name(
 
 
 @pytest.mark.fault(15)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 @given(document=JSON | st.fixed_dictionaries({"ver": st.integers() | JSON, "config": JSON}))
 def test_whatever_is_desired_is_applied_whole_or_not_at_all(tmp_path, document):
     """Any JSON as a desired document: the settings stay valid, and stay what they were if it is refused."""
@@ -230,11 +231,11 @@ def test_a_flood_costs_little_is_bounded_and_answered_by_a_note_a_second(tmp_pat
         if number % 250 == 249:
             most_waiting = max(most_waiting, commands._inbox.qsize() + commands._waiting.qsize())
             time.sleep(0.05)
-    lasted = time.monotonic() - began
     deadline = time.monotonic() + 5
     while not any(reply.data["status"] == "suppressed" for reply in replies) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert commands.stop(5)
+    lasted = time.monotonic() - began
     assert spent / len(flood) < 0.0002, "the network's thread only leaves a letter"
     limits, counts = commands.limits, commands.counts
     assert counts["accepted"] <= limits.burst + limits.rate * lasted + 1

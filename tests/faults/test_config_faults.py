@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agents import child, settings, stream, until
 
 from device_agents.settings import AgentSettings
 from edge_adapt.config import changes, load_config
 from edge_adapt.errors import ConfigError
 
+__all__ = ["child", "settings", "stream"]
 EXAMPLE = Path(__file__).resolve().parents[2] / "packaging" / "agent.example.yaml"
 
 
@@ -67,6 +71,25 @@ def test_a_reload_of_a_bad_file_leaves_the_old_settings_alone(config):
     (change,) = changes(old, load_config(config, AgentSettings))
     assert str(change) == "budget.learn_ms_per_s: 250.0 -> 100.0 (now)"
     assert old.budget.learn_ms_per_s == 250.0
+
+
+@pytest.mark.fault(30)
+def test_a_running_agent_that_reads_a_half_written_file_names_the_line_and_answers_on(child, tmp_path):
+    """R1: SIGHUP too early changes nothing but the log; SIGHUP afterwards takes what was written."""
+    answers, config = tmp_path / "answers.jsonl", tmp_path / "child" / "agent.yaml"
+    agent = child("--answers", str(answers), log_level="info")
+    until(lambda: answers.exists() and answers.stat().st_size)
+    text = config.read_text().replace('"bounded_auto"', '"shadow"')
+    config.write_text(text[: len(text) // 2])
+    agent.signal(signal.SIGHUP)
+    until(lambda: re.search(r"the configuration was not reloaded, the old one stays: .*agent\.yaml:\d+: ", agent.text))
+    size = answers.stat().st_size
+    until(lambda: answers.stat().st_size > size, "it answers no more")
+    assert "mode is shadow" not in agent.text
+    config.write_text(text)
+    agent.signal(signal.SIGHUP)
+    until(lambda: "mode is shadow, was bounded_auto" in agent.text)
+    assert agent.running()
 
 
 def _agrees(part: Any, whole: Any) -> bool:

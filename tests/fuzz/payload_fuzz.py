@@ -27,12 +27,11 @@ from mutations import Payloads
 from PIL import Image
 
 from device_agents.desired import Desired
-from device_agents.envelope import unwrap
 from device_agents.mqtt import Incoming
 from device_agents.settings import AgentSettings
 from device_agents.transfer import Transfers, chunks, offer_of
 from device_agents.verbs import VERBS
-from edge_adapt.errors import ConfigError, EdgeAdaptError
+from edge_adapt.errors import EdgeAdaptError
 from edge_adapt.streams.live.pushed import PushedSource
 
 CODES = frozenset(
@@ -44,7 +43,7 @@ CODES = frozenset(
 LIMIT = 16_384
 IMAGES = "cameras/hall/1"
 SHOWN_FAILURES, RESTART_EVERY = 5, 500
-TARGETS = {"command": 50, "group": 10, "desired": 18, "transfer": 12, "controller": 4, "image": 6}
+TARGETS = {"command": 50, "group": 10, "desired": 18, "transfer": 14, "image": 8}
 """What is fuzzed, and how often of a hundred."""
 
 
@@ -112,8 +111,6 @@ class Agent:
         if kind == "xfer" and place is not None:
             told = self.transfers.receive(place.parts[0], int(place.parts[1]), incoming.payload)
             return "taken" if told.problem is None else _generic(told.problem)
-        if kind == "ctrl":
-            return _presence(incoming.payload)
         return self._command(incoming)
 
     @property
@@ -156,15 +153,6 @@ class Agent:
             return type(error).__name__
         assert frame is not None and frame.image.ndim in (2, 3)
         return "frame"
-
-
-def _presence(payload: bytes) -> str:
-    """The state of a controller: read like any payload, and nothing hangs on it."""
-    try:
-        unwrap(payload, limit=LIMIT)
-    except ConfigError as error:
-        return _generic(error.what)
-    return "read"
 
 
 def _generic(text: str) -> str:
@@ -255,10 +243,6 @@ class Source:
         number = rng.choice([*self._chunks, len(self._chunks) + 1, 10**9, 10**60])
         data = self._chunks.get(number, b"x")
         return Incoming(TOPICS.xfer(id_, number), data if rng.random() < 0.5 else self.payloads.odd_bytes(data))
-
-    def _controller(self, now_ms: int) -> Incoming:
-        body = {"v": 1, "d": {"s": "online"}}
-        return Incoming("ea/v1/hall/_ctrl/plant/state", self.payloads.odd_json(body), retain=True)
 
     def _image(self, now_ms: int) -> Incoming:
         return Incoming(IMAGES, self.payloads.odd_bytes(self.rng.choice(self._pictures)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from edge_adapt.errors import ConfigError
-from edge_adapt.streams.live import BrokenFrameError, SourceEnded, SourceLostError, open_source
+from edge_adapt.streams.live import BrokenFrameError, SourceEnded, SourceLostError, capture, open_source
 from edge_adapt.streams.live.capture import PATIENCE_MS, CameraSource, VideoSource
 
 
@@ -80,6 +82,8 @@ class Plug:
     def __init__(self) -> None:
         self.there, self.opened, self.released, self.calls = True, 0, 0, []
         self.images = [np.full((4, 6, 3), 7, np.uint8)]
+        self.answers = threading.Event()  # its driver hangs while this is not set
+        self.answers.set()
 
     def module(self) -> SimpleNamespace:
         names = ("CAP_PROP_BUFFERSIZE", "CAP_PROP_OPEN_TIMEOUT_MSEC", "CAP_PROP_READ_TIMEOUT_MSEC", "CAP_FFMPEG")
@@ -101,6 +105,7 @@ class Plug:
             self.released += opened
 
         def read() -> tuple[bool, object]:
+            self.answers.wait(20)
             if not self.there:
                 return False, None
             return True, self.images[0] if len(self.images) == 1 else self.images.pop(0)
@@ -118,19 +123,45 @@ def plug(monkeypatch):
 def test_a_camera_is_lost_when_unplugged_and_goes_on_when_plugged_in(plug):
     source = CameraSource("0")
     source.open()
-    assert source.read(0).number == 0 and plug.calls == [(0,)]
+    assert source.read(5).number == 0 and plug.calls == [(0,)]
     plug.there = False
     with pytest.raises(SourceLostError, match="camera 0 gives no frames"):
-        source.read(0)
+        source.read(5)
     with pytest.raises(SourceLostError, match="camera 0 cannot be opened"):
         source.open()
     with pytest.raises(SourceLostError, match="not open"):
-        source.read(0)
+        source.read(5)
     plug.there = True
     source.open()
-    assert source.read(0).number == 1
+    assert source.read(5).number == 1
     source.close()
     assert plug.opened == plug.released == 2  # no handle is left behind
+
+
+def test_a_driver_that_hangs_holds_nobody_up_and_leaves_one_thread_behind(plug, monkeypatch):
+    monkeypatch.setattr(capture, "PATIENCE_MS", 100)
+    monkeypatch.setattr(capture, "CLOSING_S", 0.05)
+    threads = threading.active_count()
+    source = CameraSource(0)
+    source.open()
+    assert source.read(5).number == 0
+    plug.answers.clear()
+    assert source.read(0.01) is None  # late, not lost
+    with pytest.raises(SourceLostError, match="camera 0 gives no frames"):
+        source.read(0.2)
+    source.close()
+    for _ in range(3):
+        with pytest.raises(SourceLostError, match="hangs in its driver"):
+            source.open()
+    assert threading.active_count() == threads + 1 and plug.opened == 1
+    plug.answers.set()
+    deadline = time.monotonic() + 10
+    while plug.released == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    source.open()
+    assert source.read(5).number == 2  # the frame of the old thread came too late
+    source.close()
+    assert plug.opened == plug.released == 2 and threading.active_count() == threads
 
 
 def test_frames_without_pixels_are_broken_and_a_driver_that_raises_is_lost(plug):
@@ -139,15 +170,15 @@ def test_frames_without_pixels_are_broken_and_a_driver_that_raises_is_lost(plug)
     plug.images = [None, np.zeros((0, 0, 3), np.uint8), np.zeros((4, 6), np.uint8), np.zeros((4, 6, 3), np.uint8)]
     for _ in range(2):
         with pytest.raises(BrokenFrameError, match="no pixels"):
-            source.read(0)
-    assert source.read(0).image.shape == (4, 6, 3)  # a grey camera for a network that takes colours
+            source.read(5)
+    assert source.read(5).image.shape == (4, 6, 3)  # a grey camera for a network that takes colours
 
     def fail() -> None:
         raise RuntimeError("select timeout")
 
     source._device.read = fail
     with pytest.raises(SourceLostError, match="select timeout"):
-        source.read(0)
+        source.read(5)
 
 
 @pytest.mark.parametrize(
@@ -166,5 +197,5 @@ def test_a_network_stream_has_time_limits_and_its_password_is_not_shown(plug, ad
     assert plug.calls == [(address, "CAP_FFMPEG", limits)]
     plug.there = False
     with pytest.raises(SourceLostError) as caught:
-        source.read(0)
+        source.read(5)
     assert caught.value.what == f"camera {shown} gives no frames"

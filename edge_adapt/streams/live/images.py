@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from edge_adapt.streams.live.protocol import BrokenFrameError
 
@@ -26,6 +25,8 @@ def decode(data: bytes, name: str, *, channels: int = 3, max_bytes: int = MAX_BY
     Returns: uint8, [H, W, 3] RGB, or [H, W] for one channel.
     Raises: BrokenFrameError if it is too large, damaged, cut short, or no image of these formats.
     """
+    from PIL import Image  # only where images come in: a start waits for it
+
     if len(data) > max_bytes:
         raise BrokenFrameError(
             f"image {name} has {len(data)} bytes, at most {max_bytes} are decoded", remedy="send smaller images"
