@@ -4,16 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning
 
-.PHONY: demo test test-slow lint clean
+LONG := chaos soak outage roundtrip fuzz
+
+.PHONY: demo test test-slow faults lint clean agent-short $(LONG)
 
 demo: $(VENV)/demo.stamp  ## install, then the main job: train, export, adapt, report
 	$(RUN) $(BIN)/edge-adapt demo --out runs/demo --json runs/demo.json
 
-test: $(VENV)/test.stamp lint  ## everything but the checks marked slow
+test: $(VENV)/test.stamp lint  ## everything but what is marked slow or fault
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 test-slow: $(VENV)/test.stamp  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+faults: $(VENV)/test.stamp  ## one test and more for each row of docs/faults.md
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m fault
+
+# Long checks of the agent, figures into benchmarks/results/agent; `make soak FLAGS=--short` is a short cut of one.
+$(LONG): $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/long/$@.py $(FLAGS)
+
+agent-short: $(VENV)/test.stamp  ## short cuts of all of them, figures into runs/agent; fails on a broken promise
+	rm -rf runs/agent
+	for check in $(LONG); do echo "== $$check" && OMP_NUM_THREADS=1 \
+	  $(BIN)/python tests/long/$$check.py --short --bundle runs/agent/bundle || exit 1; done
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

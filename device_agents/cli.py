@@ -1,4 +1,4 @@
-"""`edge-adapt run`: arguments, signals, and where the answers go."""
+"""`edge-adapt run` and `rerun`: arguments, signals, and where the answers go."""
 
 from __future__ import annotations
 
@@ -44,6 +44,22 @@ def run(
         err=True,
     )
     raise typer.Exit(code)
+
+
+def rerun(
+    config: Annotated[Path, typer.Argument(help="configuration that the agent ran with")],
+    recording: Annotated[Path, typer.Argument(help="folder of the recording, such as state/recording")],
+) -> None:
+    """Compute a recorded run once more, and compare every answer bit for bit. Exit code 2 if one differs."""
+    from device_agents.rerun import rerun
+    from device_agents.settings import AgentSettings
+    from edge_adapt.config import load_config
+    from edge_adapt.threads import one_thread
+
+    one_thread()
+    made = rerun(load_config(config, AgentSettings), recording)
+    typer.echo(f"{made.frames} frames in {made.batches} batches, {made.version} changes of weights: all bit-equal")
+    typer.echo(made.ended)
 
 
 def watched(agent: Agent, answers: Path | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from device_agents.envelope import Clock, Envelopes, unwrap
 from device_agents.mqtt import AUTH_CODES, PROTOCOL_CODE, TAKEN_OVER, Down, LinkOptions, Message
 from device_agents.settings import MqttSettings
@@ -11,6 +13,8 @@ from edge_adapt.errors import ConfigError
 
 DUEL, PATIENCE = 2, 8
 ALARM_DAYS = 14.0
+RIVALS, NAME_CHARS = 16, 64
+"""Processes that are told apart at a time, and the longest name of one."""
 
 
 class Rival:
@@ -33,9 +37,11 @@ class Rival:
             envelope = unwrap(birth, limit=1 << 20)
         except ConfigError:
             return None
-        boot, id_ = str(envelope.get("boot")), str(envelope.get("id"))
-        if boot == self._boot or first_connection:
+        boot, id_ = envelope.get("boot"), envelope.get("id")
+        if not _is_name(boot) or not _is_name(id_) or boot == self._boot or first_connection:
             return None
+        if boot not in self._births and len(self._births) >= RIVALS:
+            self.forget()  # no fight has so many sides: somebody makes them up
         births = self._births.setdefault(boot, set())
         births.add(id_)
         return boot if len(births) >= (DUEL if self._boot < boot else PATIENCE) else None
@@ -43,6 +49,10 @@ class Rival:
     def forget(self) -> None:
         """A connection was stable: nobody fights for it."""
         self._births.clear()
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and 0 < len(value) <= NAME_CHARS
 
 
 def link_options(

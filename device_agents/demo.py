@@ -64,7 +64,7 @@ def run(
         length = len(next(iter(parts.values())))
         report(f"{fps:g} frames a second; the weather changes every {length / fps:.0f} s; Ctrl-C ends it")
         report("page:      its address follows when it is up")
-        report(f"messages:  mosquitto_sub -p {broker.port} -v -t 'ea/v1/#'")
+        report(f"messages:  mosquitto_sub -V mqttv5 -p {broker.port} -v -t 'ea/v1/#'")
         return watched(agent)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 
 from device_agents.core import Core
 from device_agents.settings import AgentSettings
@@ -86,17 +85,3 @@ def _first_run(events: list[Batch | Note], core: Core) -> tuple[list[Batch | Not
             return run, f"the record goes on with {event.facts.get('what', 'another agent')}"
         run.append(event)
     return run, "the record ends"
-
-
-def command(
-    config: Annotated[Path, typer.Argument(help="configuration that the agent ran with")],
-    recording: Annotated[Path, typer.Argument(help="folder of the recording, such as state/recording")],
-) -> None:
-    """Compute a recorded run once more, and compare every answer bit for bit. Exit code 2 if one differs."""
-    from edge_adapt.config import load_config
-    from edge_adapt.threads import one_thread
-
-    one_thread()
-    made = rerun(load_config(config, AgentSettings), recording)
-    typer.echo(f"{made.frames} frames in {made.batches} batches, {made.version} changes of weights: all bit-equal")
-    typer.echo(made.ended)

@@ -17,15 +17,21 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 """Base of every complaint about arguments; some versions of typer bring it along, others import it from click."""
 
 
-def build() -> typer.Typer:
-    """The command line with everything that is installed. Commands import what they need when they run."""
+def build(asked: str | None = None) -> typer.Typer:
+    """The command line with everything that is installed. Commands import what they need when they run.
+
+    Args:
+        asked: the command that was called; if it is installed, the others are not even loaded.
+    """
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         help="Continual test-time adaptation for edge devices.",
     )
-    for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name):
+    app.callback()(lambda: None)  # without it a single command would lose its name
+    points = sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
+    for point in [point for point in points if point.name == asked] or points:
         command = point.load()
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=point.name)
@@ -43,7 +49,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Exit code of one call."""
     try:
-        code = build()(args=arguments, prog_name="edge-adapt", standalone_mode=False)
+        code = build(arguments[0] if arguments else None)(args=arguments, prog_name="edge-adapt", standalone_mode=False)
     except EdgeAdaptError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         return WRONG

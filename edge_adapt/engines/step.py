@@ -31,6 +31,8 @@ from edge_adapt.errors import EngineError
 Array = NDArray[Any]
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
+DIGEST = 32
+"""Bytes before a graph in the cache."""
 
 
 class CompiledStep:
@@ -71,17 +73,28 @@ def compiled(
     """
     folder = cache or default_cache()
     name = hashlib.sha256(f"{torch.__version__} {ort.__version__} {key}".encode()).hexdigest()[:24]
-    path = folder / f"{name}.onnx"
-    if path.exists():
-        with contextlib.suppress(EngineError):  # a damaged file is made anew
-            return CompiledStep(path.read_bytes(), outputs)
+    path = folder / f"{name}.step"
+    kept = _kept(path)
+    if kept is not None:
+        with contextlib.suppress(EngineError):
+            return CompiledStep(kept, outputs)
     model = export_step(function, examples, outputs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, model)
+        write_atomically(path, hashlib.sha256(model).digest() + model)
     except OSError as error:
         log.info("the compiled step is not kept: %s", error)
     return CompiledStep(model, outputs)
+
+
+def _kept(path: Path) -> bytes | None:
+    """A graph behind its SHA-256; None if there is none, or it is damaged: one flipped bit may still be a graph."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, model = data[:DIGEST], data[DIGEST:]
+    return model if hashlib.sha256(model).digest() == digest else None
 
 
 def default_cache() -> Path:

@@ -3,7 +3,8 @@
 Two things are told apart. The learned part of the network (tail, prototypes, answers corrected by hand) may not
 contradict what the network, with no more than its ports, is surest of: a collapse does, and garbage does, while a burst
 of one class does not, for it is one class to both. Ports may not make activations stranger than source itself has them
-on the same frames, by the statistics of the norms.
+on the same frames, by the statistics of the norms, nor answers so much less sure that little is left of them: some
+networks, above all those of depthwise convolutions, do not bear the statistics of few frames.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ AGREE = 0.6
 """Share of the half that the plain network is surest of, on which the learned one must agree with it."""
 STRANGER, SLACK = 1.5, 0.05
 """Distance of the taps from source that is too much: so many times that of source itself, and so much above it."""
+UNSURE = 0.7
+"""Ports may not leave less than this share of source's certainty, counted from chance. Where ports help it is 0.8 or
+more, also under noise that source is too sure about; where they destroy the answers it is 0.1 to 0.5."""
 DIVERSE = 0.4
 """Class entropy, as a share of ln K, from which answers are not at all constant."""
 
@@ -46,6 +50,8 @@ class Trial:
     """The same with source weights."""
     tapped: int = 0
     """Frames in these sums."""
+    sure: tuple[float, float] = (0.0, 0.0)
+    """Sums of the certainty, from chance, with the ports in force and with source weights."""
 
     @classmethod
     def empty(cls) -> Trial:
@@ -61,14 +67,24 @@ class Trial:
             sums = [sums[0] + self.ours, sums[1] + self.source]
         return replace(self, ours=sums[0], source=sums[1], tapped=self.tapped + len(ours[0]))
 
+    def with_certainty(self, ours: Array, source: Array) -> Trial:
+        """With the logits [N, K] to some more frames, with ports and without."""
+        chance = 1 / ours.shape[1]
+        return replace(
+            self,
+            sure=(
+                self.sure[0] + float((_certainty(ours) - chance).sum()),
+                self.sure[1] + float((_certainty(source) - chance).sum()),
+            ),
+        )
+
     def with_answers(self, logits: Array, plain: Array) -> Trial:
         """With the answers [N, K] to some more frames."""
-        shifted = np.exp(plain - plain.max(axis=1, keepdims=True))
         return replace(
             self,
             answers=np.concatenate([self.answers, logits.argmax(axis=1)]),
             plain=np.concatenate([self.plain, plain.argmax(axis=1)]),
-            certainty=np.concatenate([self.certainty, 1 / shifted.sum(axis=1)]),
+            certainty=np.concatenate([self.certainty, _certainty(plain)]),
         )
 
     @property
@@ -80,6 +96,12 @@ class Trial:
         """Share of agreement on the half that the plain network is surest of."""
         surest = np.argsort(-self.certainty, kind="stable")[: max(1, len(self.certainty) // 2)]
         return float((self.answers[surest] == self.plain[surest]).mean())
+
+    @property
+    def unsure(self) -> bool:
+        """True if ports leave too little of source's certainty."""
+        ours, source = self.sure
+        return ours < UNSURE * source
 
     def collapsed(self, classes: int) -> bool:
         """True if the answers are near-constant, and the plain ones to the same frames are not."""
@@ -100,6 +122,12 @@ class Trial:
         taps = (sums / self.tapped for sums in (self.ours, self.source))
         ours, source = (_distance(moments, mean, second, starts) for moments in taps)
         return ours > max(STRANGER * source, source + SLACK)
+
+
+def _certainty(logits: Array) -> Array:
+    """Largest probability of each row [N]."""
+    made: Array = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    return made
 
 
 def _distance(taps: Array, mean: Array, second: Array, starts: Array) -> float:

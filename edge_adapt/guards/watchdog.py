@@ -1,7 +1,8 @@
 """The watchdog: what was learned is tried now and then, and taken back where it does harm.
 
 A trial that is passed keeps the host's state; the last one kept comes back when a trial is failed. What failed then
-rests, twice as long each time, and is in force again only after it passed a trial in the shadow.
+rests, twice as long each time, and is in force again only after it passed a trial in the shadow. Ports begin there too:
+until their first trial is passed, source answers, and the host sees what it would see with them in force.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Watch:
     """Answered frames since the last verdict."""
     reliable: int = 0
     """Looked-at frames that the network was sure of, at most `RELIABLE`."""
+    trusted: bool = False
+    """True once ports passed a trial; until then they rest."""
     taught: bool = False
     """True once the host learned from labels: what a person says may contradict source, and is judged no more."""
     trial: Trial | None = None
@@ -97,7 +100,10 @@ class Watchdog(Wrapper[Watch]):
         host = self.host.init()
         delta = self.host.delta(host)
         reliable = RELIABLE if self.sees_answers_only else 0
-        return Wrapped(host, Watch(host, Recent.of(self.classes), delta, plain(delta), reliable=reliable))
+        trusted = self._moments is None or self.reference
+        return Wrapped(
+            host, Watch(host, Recent.of(self.classes), delta, plain(delta), reliable=reliable, trusted=trusted)
+        )
 
     def delta(self, state: Wrapped[Watch]) -> Delta:
         own = state.own
@@ -107,14 +113,18 @@ class Watchdog(Wrapper[Watch]):
 
     def look(self, state: Wrapped[Watch], frames: int, passed: int) -> int:
         """While everything rests, none."""
-        return 0 if state.own.rests == "all" else super().look(state, frames, passed)
+        return 0 if state.own.rests == "all" and state.own.rest else super().look(state, frames, passed)
 
     def step(self, state: Wrapped[Watch], seen: Observation) -> Step[Wrapped[Watch]]:
-        step = self.host.step(state.host, seen)
+        given, source = self.delta(state), None
+        if state.own.rests == "all" and seen.rehearse is not None:
+            given, source = _allowed(state.own), seen
+            seen = replace(seen.rehearse(seen.frames, given), rehearse=seen.rehearse)
         own = self._counted(state.own, seen)
+        step = self.host.step(state.host, seen)
         tried = self._is_due(own) and seen.rehearse is not None
         if tried:
-            own = replace(own, trial=self._evidence(own, step, self.delta(state), seen))
+            own = replace(own, trial=self._evidence(own, step, given, seen, source))
         made, events = self._followed(Wrapped(step.state, own)), step.events
         changed = made.own.full is not state.own.full
         if changed and not own.rest and not own.taught and self._leaps(made.own.full):
@@ -140,8 +150,8 @@ class Watchdog(Wrapper[Watch]):
             trial = own.trial or Trial.empty()
             own = replace(own, trial=trial.with_answers(corrected.logits[:EACH], answered.logits[:EACH]))
         state = self._followed(Wrapped(state.host, own))
-        if own.rests == "all" and not own.rest:
-            state = self._followed(Wrapped(self.host.init(), replace(own, rests="nothing")))
+        if self.reference and own.rests == "all" and not own.rest:  # no trial in the shadow: the host answers itself
+            state = self._followed(Wrapped(self.host.init(), replace(own, rests="nothing", trusted=True)))
             events = (*events, RETURN)
         elif self.sees_answers_only:
             state, told = self._judged(state)
@@ -149,11 +159,13 @@ class Watchdog(Wrapper[Watch]):
         return Step(state, final.logits, events)
 
     def _followed(self, state: Wrapped[Watch]) -> Wrapped[Watch]:
-        """With the host's delta of now, cut back to its ports once for each."""
+        """With the host's delta of now, cut back to its ports once for each; ports that nobody tried yet rest."""
         full = self.host.delta(state.host)
         if full is state.own.full:
             return state
-        return Wrapped(state.host, replace(state.own, full=full, plain=plain(full)))
+        own = replace(state.own, full=full, plain=plain(full))
+        rests: Part = "all" if own.plain and not own.trusted else own.rests
+        return Wrapped(state.host, replace(own, rests=rests))
 
     def _counted(self, own: Watch, seen: Observation) -> Watch:
         """Count the frames that the network is sure of, until there are enough."""
@@ -168,12 +180,16 @@ class Watchdog(Wrapper[Watch]):
         """True if the frames of this look are to be evidence."""
         if own.rest or own.taught:
             return False
+        if own.rests == "all":
+            return True
         if own.trial is not None or (not own.passes and own.since >= FIRST):
             return True
         return own.since >= (HURRY if own.passes < WARY or own.recent.is_constant else PERIOD)
 
-    def _evidence(self, own: Watch, step: Step[Any], in_force: Delta, seen: Observation) -> Trial:
-        """What these frames give with what was learned, without it, and with source."""
+    def _evidence(
+        self, own: Watch, step: Step[Any], in_force: Delta, seen: Observation, source: Observation | None
+    ) -> Trial:
+        """What these frames give with what was learned, without it, and with source, where that was not seen yet."""
         assert seen.rehearse is not None
         frames, trial = seen.frames[:EACH], own.trial or Trial.empty()
         plainly = seen
@@ -187,10 +203,11 @@ class Watchdog(Wrapper[Watch]):
         assert plainly.logits is not None
         assert learned.logits is not None
         trial = trial.with_answers(self._corrected(step.state, learned), plainly.logits[:EACH])
-        if own.plain and self._moments is not None and plainly.taps is not None:
-            source = seen.rehearse(frames, self.source).taps
-            assert source is not None
-            trial = trial.with_taps((plainly.taps[0][:EACH], plainly.taps[1][:EACH]), source)
+        if own.plain and self._moments is not None:
+            source = source or seen.rehearse(frames, self.source)
+            assert source.logits is not None
+            trial = trial.with_certainty(plainly.logits[:EACH], source.logits[:EACH])
+            trial = trial.with_taps(_first(plainly.taps), _first(source.taps))
         return trial
 
     def _corrected(self, state: Any, learned: Observation) -> Array:
@@ -209,8 +226,8 @@ class Watchdog(Wrapper[Watch]):
         collapsed = trial.collapsed(self.classes)
         harmful = collapsed if self.reference else trial.agreement < AGREE
         strange = self._moments is not None and trial.strange_taps(*self._moments, self._starts)
-        if strange or harmful:
-            part: Part = "all" if strange or self.reference else "learned"
+        if strange or trial.unsure or harmful:
+            part: Part = "all" if strange or trial.unsure or self.reference else "learned"
             state, event = self._failed(state, part, COLLAPSE if collapsed else ROLLBACK)
             return state, (event,)
         own = state.own
@@ -223,8 +240,9 @@ class Watchdog(Wrapper[Watch]):
             since=0,
             passes=passes,
             failures=0 if passes >= PEACE else own.failures,
+            trusted=own.trusted or bool(own.plain),
         )
-        return Wrapped(state.host, passed), (RETURN,) if own.rests == "learned" else ()
+        return Wrapped(state.host, passed), (RETURN,) if own.rests != "nothing" and own.failures else ()
 
     def _failed(self, state: Wrapped[Watch], part: Part, event: str) -> tuple[Wrapped[Watch], str]:
         """Take back what was learned, and let it rest; what collapsed starts from source."""
@@ -239,6 +257,7 @@ class Watchdog(Wrapper[Watch]):
             passes=0,
             since=0,
             trial=None,
+            trusted=own.trusted and part != "all",
         )
         return self._followed(Wrapped(host, own)), event
 
@@ -258,6 +277,15 @@ def plain(delta: Delta) -> Delta:
     """The ports of a delta alone; the same object if it has nothing else."""
     ports = {name: delta[name] for name in (PORT_SCALE, PORT_SHIFT) if name in delta}
     return delta if len(ports) == len(delta) else Delta(ports)
+
+
+def _allowed(own: Watch) -> Delta:
+    """What would be in force if nothing rested."""
+    return own.plain if own.reliable < RELIABLE else own.full
+
+
+def _first(taps: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+    return None if taps is None else (taps[0][:EACH], taps[1][:EACH])
 
 
 def taught(own: Watch) -> Watch:

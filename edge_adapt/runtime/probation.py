@@ -50,6 +50,7 @@ class Probation:
         if not np.isfinite(ours.logits).all():
             return replace(self, verdict=Verdict.FAILED, reason="its answers are not finite")
         trial = self.trial.with_answers(ours.logits, plain.logits).with_taps(ours.taps, plain.taps)
+        trial = trial.with_certainty(ours.logits, plain.logits)
         made = replace(self, trial=trial, seen=self.seen + 1)
         if trial.is_complete:
             made = made._judged()
@@ -64,6 +65,8 @@ class Probation:
         if trial.agreement < AGREE:
             share = f"{trial.agreement:.0%} of the frames that source is surest of, {AGREE:.0%} are asked"
             return replace(self, verdict=Verdict.FAILED, reason=f"it agrees on {share}")
+        if trial.unsure:
+            return replace(self, verdict=Verdict.FAILED, reason="it leaves little of the certainty of source's answers")
         if self._is_strange(trial):
             return replace(self, verdict=Verdict.FAILED, reason="it makes activations stranger than source does")
         return replace(self, trial=Trial.empty(), judged=self.judged + 1)

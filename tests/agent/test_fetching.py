@@ -15,6 +15,7 @@ from agents import answered, command, running, settings, stream, until
 from device_agents import adapters
 from device_agents.adapters import fetched
 from device_agents.package import keygen, pack, private_key
+from device_agents.request import Limits
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ArtifactError
 
@@ -76,11 +77,11 @@ def test_other_commands_are_done_while_an_adapter_is_fetched(running, server, de
     package = pack(delta, device_bundle, private_key(tmp_path / "key"), method="moments", note="a test")
     slow = server(package)
     agent = running(mqtt={"port": 1, "trusted_keys": [public]})
-    agent.commands.limits = type(agent.commands.limits)(local_s=0)
+    agent.commands.limits = Limits(local_s=0)
     arguments = {"url": slow.url, "sha256": hashlib.sha256(package).hexdigest()}
     assert command(agent, "load-adapter", **arguments)["status"] == "accepted"
     assert slow.asked.wait(10)
-    agent.commands.limits = type(agent.commands.limits)()
+    agent.commands.limits = Limits()
     count = answered(agent)
     assert command(agent, "ping")["status"] == "done"
     assert command(agent, "freeze", on=True)["status"] == "done"

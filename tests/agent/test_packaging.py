@@ -15,6 +15,7 @@ from brokers import Mosquitto, wait_until
 from device_agents.acl import acl_file
 from device_agents.broker import free_port
 from device_agents.dashboard.document import FOLDER, SCRIPTS
+from edge_adapt.cli import run as edge_adapt
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
@@ -171,7 +172,12 @@ def test_the_parts_of_the_page_are_part_of_the_package() -> None:
     parts = {FOLDER / name for name in ("page.html", "page.css", *SCRIPTS)}
     packed = {path for pattern in patterns for path in FOLDER.parent.glob(pattern)}
     assert parts <= packed
-    assert facts["project"]["entry-points"]["edge_adapt.commands"]["top"] == "device_agents.top:top"
+
+
+def test_every_command_of_the_agent_is_installed_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("run", "rerun", "check", "acl", "delta", "top"):
+        assert edge_adapt([name, "--help"]) == 0, name
+        assert f"edge-adapt {name}" in capsys.readouterr().out
 
 
 def test_the_page_of_instructions_names_only_what_is_there() -> None:

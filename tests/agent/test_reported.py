@@ -34,14 +34,3 @@ def test_the_reported_document_follows_what_is_in_force(running, mosquitto, obse
     assert len(watcher.of(f"{ROOT}/reported")) == count  # nothing changed, nothing is told
     assert command(agent, "rebirth")["status"] == "done"
     until(lambda: len(watcher.of(f"{ROOT}/reported")) == count + 1)
-
-
-def test_a_stuck_sensor_is_one_after_as_many_frames_as_the_settings_say(running, tmp_path):
-    import numpy as np
-
-    same = tmp_path / "same.npz"
-    np.savez(same, images=np.repeat(np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), np.uint8), 40, 0))
-    agent = running(source={"path": same, "loop": False, "frozen_after": 30}, wait=False)
-    until(lambda: agent.board.status.answered == 40)
-    until(lambda: agent.board.status.frames.get("frozen"))
-    assert agent.board.status.frames["frozen"] == 11

@@ -1,4 +1,4 @@
-"""Faults of the link: rows 8 to 14, 22, 33 and 34 of the table. The broker may do what it likes; nothing is lost for it."""
+"""Faults of the link: rows 8 to 14, 22, 33, 34. The broker may do what it likes; nothing is lost for it."""
 
 from __future__ import annotations
 
@@ -255,9 +255,7 @@ def calm(courier, for_s=1.2):
 
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("years", [2, -2, -50])
-def test_a_wall_clock_that_jumps_disturbs_no_timer_and_makes_nothing_too_old(
-    mosquitto, device, observer, proxy, years
-):
+def test_a_wall_clock_that_jumps_disturbs_no_timer_and_makes_nothing_too_old(mosquitto, device, observer, proxy, years):
     """The link holds; what waits is kept through jumps in both directions and a restart, and arrives."""
     broker, clock, away_ms = mosquitto(), Jumping(), years * 365 * 86_400_000
     gate, watcher = proxy(broker), observer(broker)
@@ -275,11 +273,12 @@ def test_a_wall_clock_that_jumps_disturbs_no_timer_and_makes_nothing_too_old(
         speak(mine, 4, 8 + 4 * n)
     wait_until(lambda: mine.courier.waiting == 15)
     mine.stop(0.1)
-    clock.wrong_ms = 0
-    kept = Outbox(mine.outbox._path, 50_000_000, clock)
-    kept.tidy()
-    assert kept.waiting == 15
-    kept.close()
+    for wrong_ms in (away_ms, 0):
+        clock.wrong_ms = wrong_ms
+        kept = Outbox(mine.outbox._path, 50_000_000, clock)
+        kept.tidy()
+        assert kept.waiting == 15
+        kept.close()
     gate.mode = "pass"
     device(gate, clock=clock, boot="b0000002").start()
     wait_until(lambda: {message["d"]["n"] for message in watcher.of(f"{TOPICS.root}/tele/perf")} == set(range(20)))

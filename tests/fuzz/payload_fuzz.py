@@ -1,21 +1,17 @@
 """Fuzz: generated payloads over every topic that an agent listens to. Nothing raises, what is wrong changes nothing and
-is refused by name, and what comes twice runs once.
-
-Usage: payload_fuzz.py [--count 100000] [--seed 0] [--json FILE]
+is refused by name, and what comes twice runs once. `make fuzz` runs it.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +22,12 @@ from command_bench import ARGUMENTS, GROUP, TOPICS, Bench
 from mutations import Payloads
 from PIL import Image
 
+from device_agents.board import Board
+from device_agents.connecting import Rival
 from device_agents.desired import Desired
+from device_agents.homeassistant import STATUS_TOPIC
 from device_agents.mqtt import Incoming
+from device_agents.network import Network
 from device_agents.settings import AgentSettings
 from device_agents.transfer import Transfers, chunks, offer_of
 from device_agents.verbs import VERBS
@@ -40,10 +40,9 @@ CODES = frozenset(
         *("malformed", "no-expiry", "no-key", "no-reason", "reply-topic", "too-large", "unknown-verb"),
     )
 )
-LIMIT = 16_384
-IMAGES = "cameras/hall/1"
-SHOWN_FAILURES, RESTART_EVERY = 5, 500
-TARGETS = {"command": 50, "group": 10, "desired": 18, "transfer": 14, "image": 8}
+IMAGES, BOOT = "cameras/hall/1", "b0000001"
+RESTART_EVERY = 500
+TARGETS = {"command": 46, "group": 10, "desired": 18, "transfer": 14, "image": 8, "birth": 3, "status": 1}
 """What is fuzzed, and how often of a hundred."""
 
 
@@ -83,35 +82,74 @@ class Result:
         }
 
 
+class Said:
+    """In place of the courier: what the network would tell the broker."""
+
+    def __init__(self) -> None:
+        self.acks: list[Mapping[str, Any]] = []
+        self.values = 0
+
+    def latest(self, topic: str, data: Mapping[str, Any] | None, *, plain: bool = False) -> None:
+        self.values += 1
+
+    def ack(self, topic: str, data: Mapping[str, Any], correlation: bytes | None = None) -> None:
+        self.acks.append(data)
+
+
 class Agent:
-    """Everything that reads what comes in, with a control that only writes down."""
+    """Everything that reads what comes in, behind the agent's own router, with a control that only writes down."""
 
     def __init__(self, folder: Path) -> None:
         self.bench, self._inbox, self._wished = Bench(folder), folder / "inbox", folder / "desired.json"
         self.images = PushedSource(IMAGES, clock=lambda: 0.0)
         self.images.open()
+        self.settings = AgentSettings.model_validate(
+            {
+                "bundle": "b",
+                "source": {"kind": "mqtt", "topic": IMAGES},
+                "mqtt": {},
+                "telemetry": {"home_assistant": True},
+            }
+        )
+        self.network = Network(
+            self.settings, TOPICS, Board(), self.bench.clock, boot=BOOT, folder=folder / "link", about=dict
+        )
+        self.network.courier.stop()  # closes what it opened; it never ran
+        self._told: list[tuple[str, str]] = []
+        """Events: severity and text."""
         self.restart()
 
     def restart(self) -> None:
         """From what lies on disk; but a version from the end of all numbers, once applied, would end the game."""
         self.bench.restart()
         self._wished.unlink(missing_ok=True)
-        settings = AgentSettings.model_validate({"bundle": "b", "source": {"kind": "camera"}})
-        self.desired = Desired(settings, lambda settings: None, path=self._wished)
+        self.desired = Desired(self.settings, lambda settings: None, path=self._wished)
         self.transfers = Transfers(self._inbox, expiry_s=1.0, clock=lambda: self.bench.clock.mono / 1000)
+        self.rival = Rival(BOOT)
+        self.network.connect(self.bench.commands, self.desired, self.transfers, self.images, self._tell)
 
     def take(self, incoming: Incoming) -> str:
-        """Route like the agent does; the outcome in a word or two."""
+        """Let the agent have a message; the outcome in a word or two."""
+        if incoming.topic == TOPICS.birth:  # the courier keeps this one to itself
+            return self._birth(incoming.payload)
+        self._told.clear()
+        said = self.network.courier = Said()
+        before = self.bench.commands.counts
+        self.network._came(incoming)
         if incoming.topic == IMAGES:
-            return self._image(incoming.payload)
+            return self._image()
+        if incoming.topic == STATUS_TOPIC:
+            return "told anew" if said.values else "passed over"
         place = TOPICS.parse(incoming.topic)
-        kind = "cmd" if place is None else place.kind
-        if kind == "desired":
-            return self._wish(incoming)
-        if kind == "xfer" and place is not None:
-            told = self.transfers.receive(place.parts[0], int(place.parts[1]), incoming.payload)
-            return "taken" if told.problem is None else _generic(told.problem)
-        return self._command(incoming)
+        if place is not None and place.kind == "cmd":
+            return self._command(incoming, before)
+        if place is not None and place.kind == "desired":
+            return self._wish(incoming.payload)
+        if place is not None and place.kind == "xfer":
+            problem = said.acks[0]["problem"] if said.acks else None
+            return "taken" if problem is None else _generic(problem)
+        assert not (said.acks or said.values or self._told), "a topic that is none of ours was answered"
+        return "none of ours"
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -119,10 +157,9 @@ class Agent:
         parts = sorted((path.name, path.stat().st_mtime_ns) for path in self._inbox.glob("*"))
         return (len(self.bench.control.asked), self.desired.applied_version, self.desired.settings, parts)
 
-    def _command(self, incoming: Incoming) -> str:
-        before = self.bench.commands.counts
+    def _command(self, incoming: Incoming, before: Mapping[str, int]) -> str:
         self.bench.replies.clear()
-        self.bench.deliver(incoming)
+        self.bench.commands.pump()
         self.bench.clock.turn(6)  # answers to groups are due
         self.bench.commands.pump()
         for name in ("retained", "foreign", "repeated"):
@@ -138,21 +175,32 @@ class Agent:
         assert _plausible(incoming), f"accepted: {incoming}"
         return "done"
 
-    def _wish(self, incoming: Incoming) -> str:
-        outcome = self.desired.receive(incoming, limit=LIMIT)
-        if outcome.applied:
-            return "applied"
-        assert outcome.text
-        return _generic(outcome.text)
+    def _wish(self, payload: bytes) -> str:
+        if not payload:
+            return "no document"
+        ((severity, text),) = self._told
+        return "applied" if severity == "info" else _generic(text.removeprefix("desired: "))
 
-    def _image(self, data: bytes) -> str:
-        self.images.push(data)
+    def _birth(self, payload: bytes) -> str:
+        """Another agent of our name shows in our own birth document, and nothing else does."""
+        rival = self.rival.met(payload, first_connection=False)
+        if rival is None:
+            return "passed over"
+        assert isinstance(rival, str) and rival == json.loads(payload)["boot"] != BOOT
+        return "a rival"
+
+    def _image(self) -> str:
         try:
             frame = self.images.read(0.0)
         except EdgeAdaptError as error:
             return type(error).__name__
         assert frame is not None and frame.image.ndim in (2, 3)
         return "frame"
+
+    def _tell(self, kind: str, text: str, severity: str = "info", **facts: Any) -> None:
+        assert kind == "state" and text
+        json.dumps(facts)
+        self._told.append((severity, text))
 
 
 def _generic(text: str) -> str:
@@ -244,6 +292,15 @@ class Source:
         data = self._chunks.get(number, b"x")
         return Incoming(TOPICS.xfer(id_, number), data if rng.random() < 0.5 else self.payloads.odd_bytes(data))
 
+    def _birth(self, now_ms: int) -> Incoming:
+        boot, id_ = self.rng.choice((BOOT, "a0000000", "c0000000")), f"01J{self._number % 9}"
+        body = {"v": 1, "boot": boot, "id": id_, "d": {"s": "ready"}}
+        return Incoming(TOPICS.birth, self.payloads.odd_json(body), retain=True)
+
+    def _status(self, now_ms: int) -> Incoming:
+        data = self.rng.choice((b"online", b"offline"))
+        return Incoming(STATUS_TOPIC, data if self.rng.random() < 0.3 else self.payloads.odd_bytes(data))
+
     def _image(self, now_ms: int) -> Incoming:
         return Incoming(IMAGES, self.payloads.odd_bytes(self.rng.choice(self._pictures)))
 
@@ -276,24 +333,3 @@ def fuzz(count: int, seed: int, folder: Path) -> Result:
     result.seconds = time.monotonic() - began
     agent.bench.close()
     return result
-
-
-def main(count: int, seed: int, report: Path | None = None) -> int:
-    """Fuzz, and print the table. Returns the exit code."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = fuzz(count, seed, Path(folder))
-    print(result.table())
-    for failure in result.failures[:SHOWN_FAILURES]:
-        print(failure, file=sys.stderr)
-    if report is not None:
-        report.write_text(json.dumps({"seed": seed, **result.as_dict()}, indent=1) + "\n")
-    return 1 if result.failures else 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="keep the figures there")
-    asked = parser.parse_args()
-    sys.exit(main(asked.count, asked.seed, asked.json))

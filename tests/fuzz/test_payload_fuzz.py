@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import payload_fuzz
 from payload_fuzz import TARGETS, Source, fuzz
@@ -31,8 +35,11 @@ def test_a_change_that_nobody_answers_for_is_found(tmp_path, monkeypatch):
     assert len(fuzz(10, 0, tmp_path).failures) == 10
 
 
-def test_main_prints_a_table_and_keeps_the_figures(tmp_path, capsys):
-    report = tmp_path / "fuzz.json"
-    assert payload_fuzz.main(50, 0, report) == 0
-    assert "50 payloads in" in capsys.readouterr().out
-    assert '"failures": 0' in report.read_text()
+def test_the_long_check_prints_tables_and_keeps_its_figures(tmp_path):
+    program = Path(__file__).parents[1] / "long" / "fuzz.py"
+    command = [sys.executable, str(program), "--short", "--count", "100", "--json", str(tmp_path / "fuzz.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "100 payloads in" in done.stdout and "| configurations |" in done.stdout
+    figures = json.loads((tmp_path / "fuzz.json").read_text())
+    assert figures["payloads"] == 100 and figures["failures"] == 0 and sum(figures["configurations"].values()) == 20
+    assert "| promise" in (tmp_path / "fuzz.md").read_text()

@@ -36,7 +36,7 @@ from stand import (
 from edge_adapt.bundle import Bundle
 from edge_adapt.runtime.snapshots import SnapshotStore
 
-LONGEST_S = 1.5
+LONGEST_S = 1.0
 """A life after its first answer."""
 EARLY = 0.15
 """Share of the lives that end before their first answer."""
@@ -44,8 +44,9 @@ ASK_EVERY_S, AGAIN, UNANSWERED = 0.13, 0.3, 12
 """Between commands; share of them that ask once more for an answer; most that are open at a time."""
 EVENTS_PER_S = 12.0
 PEACE_S = 60.0
+START_S, WIDE_START_S = 2.0, 10.0
 FINAL = ("done", "failed", "rejected")
-VERBS = (
+VERBS: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("ping", {}), ("snapshot", {}), ("freeze", {"on": False}), ("label-reveal", {"labels": [[1, 0], [2, 1]]})),
     *(("set-config", {"config": {"budget.learn_ms_per_s": 240.0}}), ("rebirth", {})),
 )
@@ -251,10 +252,10 @@ def promises(chaos: Chaos, lives: int) -> list[Promise]:
     told = f"{len(chaos.desk.asked)} asked, {len(accepted)} accepted"
     return [
         Promise(
-            f"{lives} kills: first answer within 2 s, p99",
+            f"{lives} kills: first answer within {START_S:g} s, p99",
             f"p50 {first['p50']:.2f}, p99 {first['p99']:.2f} s",
-            first["p99"] <= 2.0,
-            timing=True,
+            first["p99"] <= START_S,
+            wide=first["p50"] <= WIDE_START_S,
         ),
         Promise("what is on disk is sound, and nothing was set aside", f"{len(chaos.faults)} faults", not chaos.faults),
         Promise("no event that was kept is lost", f"{lost} of {events}", not lost and events > 0),

@@ -23,6 +23,7 @@ from stand import (
     arguments,
     count_of,
     finish,
+    mosquitto,
     percentiles,
     stand,
     wait_for,
@@ -36,7 +37,7 @@ AFTER_S = 3.0
 DRAIN_S, CALM_S = 300.0, 2.0
 GROWTH_MB, FLAT_AFTER = 2.0, 0.2
 """Memory may grow so much during an outage, after so much of it."""
-RATIO = 1.2
+RATIO, WIDE_RATIO = 1.2, 3.0
 
 
 class Series:
@@ -79,7 +80,7 @@ class Outage:
     """One agent, one broker that goes and comes back, and what was seen."""
 
     def __init__(self, folder: Path, asked: Any, seconds: float) -> None:
-        self.broker = Broker(folder / "broker", embedded=asked.embedded).start()
+        self.broker = Broker(folder / "broker").start()
         config = written(
             folder,
             self.broker.port,
@@ -157,6 +158,9 @@ def main() -> int:
     parser = arguments(__doc__ or "", 600, 20, "seconds without a broker")
     parser.add_argument("--fps", type=float, default=50.0)
     asked = parser.parse_args()
+    if mosquitto() is None:
+        print("not checked: mosquitto is not installed, and what it keeps over a restart is needed here")
+        return 0
     with stand(asked) as folder:
         outage = Outage(folder, asked, count_of(asked))
         try:
@@ -190,7 +194,7 @@ def main() -> int:
             f"draining slows no answer: p99 at most {RATIO:g} of before",
             f"{ratio:.2f}",
             ratio <= RATIO,
-            timing=True,
+            wide=draining["p50"] <= WIDE_RATIO * calm["p50"],
         ),
         Promise("it ends when asked to", f"exit code {outage.code}", outage.code == 0),
     ]

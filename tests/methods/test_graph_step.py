@@ -91,7 +91,7 @@ def test_a_compiled_step_is_taken_from_the_cache(device_bundle, ports, monkeypat
     tail = Tail(device_bundle)
     context = Context(device_bundle, lambda: tail, 0, {"learner": "graph"})
     first = walked(Tent(context), ports)[0]
-    assert len(list(default_cache().glob("*.onnx"))) == 1
+    assert len(list(default_cache().glob("*.step"))) == 1
     monkeypatch.setattr("edge_adapt.engines.step.export_step", None)  # compiling again would fail
     second = walked(Tent(context), ports)[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -102,7 +102,7 @@ def test_a_damaged_cache_is_made_anew(device_bundle, ports):
     tail = Tail(device_bundle)
     context = Context(device_bundle, lambda: tail, 0, {"learner": "graph"})
     first = walked(Tent(context), ports)[0]
-    (kept,) = default_cache().glob("*.onnx")
+    (kept,) = default_cache().glob("*.step")
     kept.write_bytes(b"no graph")
     second = walked(Tent(context), ports)[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
