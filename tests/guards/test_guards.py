@@ -250,8 +250,11 @@ def test_ports_that_make_activations_stranger():
 # Watchdog
 
 
-def play(guard, bundle: Bundle, frames: int, *, plain=None, learned=None, state=None, taps_shift=0.0):
-    """Give looks of 8: `plain` and `learned` are classes [8] that the network answers without and with the tail."""
+def play(guard, bundle: Bundle, frames: int, *, plain=None, learned=None, state=None, taps_shift=0.0, height=8.0):
+    """Give looks of 8: `plain` and `learned` are classes [8] that the network answers without and with the tail.
+
+    Ports move the taps by `taps_shift` frame deviations, and leave logits of `height`.
+    """
     events: list[tuple[int, str]] = []
     state = guard.init() if state is None else state
     rng = np.random.default_rng(0)
@@ -263,15 +266,15 @@ def play(guard, bundle: Bundle, frames: int, *, plain=None, learned=None, state=
         classes = rng.integers(0, CLASSES, 8) if plain is None else np.asarray(plain)
 
         def rehearse(shown, delta, classes=classes, start=start):
-            return observed(bundle, len(shown), start, classes=np.asarray(answers(delta, classes)))
+            ports = delta.get(PORT_SHIFT) is not None
+            shift = taps_shift if ports else 0.0
+            seen = observed(bundle, len(shown), start, shift=shift, classes=np.asarray(answers(delta, classes)))
+            return replace(seen, logits=seen.logits * (height / 8.0 if ports else 1.0))
 
         in_force = guard.delta(state)
         told: tuple[str, ...] = ()
         if guard.look(state, 8, 0):
-            shift = taps_shift if in_force.get(PORT_SHIFT) is not None else 0.0
-            seen = observed(
-                bundle, 8, start, shift=shift, classes=np.asarray(answers(in_force, classes)), rehearse=rehearse
-            )
+            seen = replace(rehearse(np.zeros((8, 3, 16, 16), np.float32), in_force), rehearse=rehearse)
             step = guard.step(state, seen)
             state, told, logits = step.state, step.events, seen.logits
         else:
@@ -288,6 +291,11 @@ CONTRADICTS = {"plain": [0, 1, 2, 3, 4, 0, 1, 2], "learned": [1, 2, 3, 4, 0, 1, 
 def tail_delta(context: Context, factor: float) -> Delta:
     name, value = next(iter(context.tail().norm_parameters.items()))
     return Delta({f"tail/{name}": value.numpy() * np.float32(factor)})
+
+
+def some_ports(context: Context) -> Delta:
+    channels = context.bundle.channels
+    return Delta({PORT_SCALE: np.ones(channels), PORT_SHIFT: np.full(channels, 3.0)})
 
 
 def test_a_sound_host_is_left_alone(context):
@@ -350,14 +358,35 @@ def test_a_step_that_is_too_large_is_not_even_tried(context):
 
 
 def test_ports_that_do_harm_give_way_to_source(context):
-    channels = context.bundle.channels
-    ports = Delta({PORT_SCALE: np.ones(channels), PORT_SHIFT: np.full(channels, 3.0)})
-    guard = Watchdog(context, Host(lambda frames: ports))
+    guard = Watchdog(context, Host(lambda frames: some_ports(context)))
     state, events = play(guard, context.bundle, 300, taps_shift=9.0)
     assert events[0][1] == ROLLBACK
     assert state.own.rests == "all"
     assert guard.delta(state).same_as(Delta.source())
     assert guard.look(state, 8, 100) == 0
+
+
+def test_ports_take_force_once_they_passed_a_trial(context):
+    guard = Watchdog(context, Host(lambda frames: some_ports(context)))
+    state, events = play(guard, context.bundle, 32)
+    assert state.own.rests == "all"
+    assert guard.delta(state).same_as(Delta.source())
+    state, more = play(guard, context.bundle, 16, state=state)
+    assert guard.delta(state) is state.host.delta
+    assert events + more == []
+
+
+def test_ports_that_leave_little_of_the_certainty_never_take_force(context):
+    guard = Watchdog(context, Host(lambda frames: some_ports(context)))
+    state, events = play(guard, context.bundle, 5000, height=1.0)
+    assert {event for _, event in events} == {ROLLBACK}
+    falls = [at for at, _ in events]
+    assert len(falls) >= 3
+    assert (np.diff(falls)[1:] > 1.7 * np.diff(falls)[:-1]).all()
+    assert guard.delta(state).same_as(Delta.source())
+    state, events = play(guard, context.bundle, 6000, state=state)
+    assert [event for _, event in events] == [RETURN]
+    assert guard.delta(state) is state.host.delta
 
 
 def test_a_host_that_spoils_answers_is_held_back_without_a_look(context):
