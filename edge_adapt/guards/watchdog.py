@@ -137,7 +137,9 @@ class Watchdog(Wrapper[Watch]):
         return replace(step, state=made, logits=seen.logits if held_back else step.logits, events=events)
 
     def watch(self, state: Wrapped[Watch], answered: Answered) -> Step[Wrapped[Watch]]:
-        state, corrected, events = self.watched_by_host(state, answered)
+        corrected, events = answered, tuple[str, ...]()
+        if state.own.rests != "all":  # else these are answers of another network than the one it learns to correct
+            state, corrected, events = self.watched_by_host(state, answered)
         final = answered if _held_back(state.own) else corrected
         own, count = state.own, len(final.logits)
         own = replace(
@@ -231,7 +233,7 @@ class Watchdog(Wrapper[Watch]):
             state, event = self._failed(state, part, COLLAPSE if collapsed else ROLLBACK)
             return state, (event,)
         own = state.own
-        passes = own.passes + 1
+        passes = own.passes + (own.rests != "all")  # ports alone were tried in the shadow: the next trial is soon
         passed = replace(
             own,
             good=state.host,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from edge_adapt.errors import DataError
 
@@ -154,11 +153,15 @@ def digits() -> Dataset:
         raise DataError(f"{DIGITS} needs scikit-learn", remedy="pip install 'edge-adapt[demo]'") from error
     raw = load_digits()
     small = np.round(raw.images / 16 * 255).astype(np.uint8)
+    from PIL import Image  # not for archives: the start of an agent waits for it
+
     images = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small]
     return Dataset("digits", np.stack(images)[..., None], raw.target.astype(np.int64))
 
 
 def _read_image(file: Path) -> Array:
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

@@ -379,6 +379,16 @@ def test_of_two_rivals_one_stays():
     assert second.met(birth("a", "7"), first_connection=False) == "a", "the other one never gave up"
 
 
+def test_births_that_somebody_makes_up_fill_no_memory():
+    rival = Rival("a")
+    for number in range(1000):
+        assert rival.met(birth(f"b{number}", "1"), first_connection=False) is None
+    assert len(rival._births) <= 16
+    for odd in (None, 7, ["b"], "", "b" * 65):
+        assert [rival.met(birth(odd, str(n)), first_connection=False) for n in range(9)] == [None] * 9
+        assert [rival.met(birth("x", odd), first_connection=False) for _ in range(9)] == [None] * 9
+
+
 def test_quick_pace_is_only_for_tests():
     assert Pace().backoff_s == (1.0, 60.0) and Pace().stable_s == 60 and Pace().latest_gap_s >= 1
     assert Pace() != QUICK

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from life import CHUNK
 from stand import (
     TOPICS,
     Broker,
@@ -31,7 +32,9 @@ from stand import (
 )
 
 EVENTS_PER_S = 5.0
-BEFORE_S, SHORT_BEFORE_S = 60.0, 10.0
+BEFORE_S, SHORT_BEFORE_S, FPS, SHORT_FPS = 60.0, 10.0, 200.0, 50.0
+WARM_FRAMES, WARM_S = 30_000, 900.0
+"""Answered first, but not for a short cut: until every ring of the agent is full its memory grows, broker or not."""
 AFTER_S = 3.0
 """Waited on, once the queue is empty."""
 DRAIN_S, CALM_S = 300.0, 2.0
@@ -84,7 +87,7 @@ class Outage:
         config = written(
             folder,
             self.broker.port,
-            source={"fps": asked.fps},
+            source={"fps": SHORT_FPS if asked.short else FPS},
             telemetry={"interval_s": 0.05, "minimum_s": 0.05},
             snapshots={"every_s": 5.0},
         )
@@ -93,12 +96,14 @@ class Outage:
         self.life = Life(config, folder / "outage.notes", "--events", str(EVENTS_PER_S), "--latencies")
         self.rss: list[tuple[float, float]] = []
         """When, MB: during the outage."""
+        self.warm_frames = 0 if asked.short else WARM_FRAMES
         self.before = SHORT_BEFORE_S if asked.short else BEFORE_S
         self.marks: dict[str, float] = {}
 
     def play(self) -> None:
-        """Before, away, back, drained. Ends the agent, then the broker."""
+        """Warm-up, before, away, back, drained. Ends the agent, then the broker."""
         self.life.wait_first()
+        wait_for(self._warm, WARM_S, f"{self.warm_frames} frames were not answered")
         time.sleep(self.before / 2)
         self._mark("before")
         time.sleep(self.before)
@@ -119,6 +124,10 @@ class Outage:
         time.sleep(1.0)
         self.controller.close()
         self.broker.stop()
+
+    def _warm(self) -> bool:
+        time.sleep(0.5)
+        return CHUNK * len(self.life.notes("latencies")) >= self.warm_frames
 
     def _drained(self) -> bool:
         """Whether nothing was told late for a moment."""
@@ -156,7 +165,6 @@ class Outage:
 
 def main() -> int:
     parser = arguments(__doc__ or "", 600, 20, "seconds without a broker")
-    parser.add_argument("--fps", type=float, default=50.0)
     asked = parser.parse_args()
     if mosquitto() is None:
         print("not checked: mosquitto is not installed, and what it keeps over a restart is needed here")
@@ -201,7 +209,7 @@ def main() -> int:
     facts = {
         "seconds": outage.seconds,
         "broker": outage.broker.name,
-        "fps": asked.fps,
+        "fps": SHORT_FPS if asked.short else FPS,
         "messages": dict(kinds),
         "told_late": late,
         "back_online_s": round(marks["online"] - marks["back"], 1),
