@@ -214,7 +214,9 @@ def _corrupt(board: Board, source: Path, made: Path) -> None:
     from edge_adapt.streams.corruptions import CORRUPTIONS
     from edge_adapt.streams.data import load_data
 
-    data = load_data(source)[: board.limit]
+    data = load_data(source)
+    # A folder is read in the order of its classes: draw, or half of them would never come and the others in runs.
+    data = data[np.random.default_rng(0).permutation(len(data))[: board.limit]]
     arrays: dict[str, Any] = {"labels": data.labels}
     arrays |= {shift.name: shift.images for shift in corrupted(data, board.severity, 0, CORRUPTIONS)}
     aside = made.with_suffix(".tmp.npz")

@@ -40,8 +40,8 @@ class Dataset:
         first = self.images if self.images is not None else next(iter(self.shifts.values()))
         return len(first)
 
-    def __getitem__(self, part: slice) -> Dataset:
-        """Some of the frames, of every shift, with their labels."""
+    def __getitem__(self, part: slice | Array) -> Dataset:
+        """Some of the frames, a slice or their indices, of every shift, with their labels."""
         return Dataset(
             self.name,
             None if self.images is None else self.images[part],
