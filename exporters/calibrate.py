@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.protocol import Engine
+from edge_adapt.routing.encoder import Encoder
 from edge_adapt.taps import normalised
 
 Array = NDArray[Any]
@@ -18,6 +19,8 @@ Progress = Callable[[int], None]
 BATCH = 50
 LARGE = 2_000_000
 """Numbers of class statistics that a bundle does without."""
+ENCODED = 512
+"""Frames that the encoder is fitted on."""
 ENOUGH = 8
 """Frames of every class that its mean feature is worth keeping from."""
 
@@ -36,12 +39,14 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         where that is not too much to keep (moments).
         cls.mean, cls.std [channels of the layer norms]: of the class token behind each, for a transformer (FOA).
         features.mean, features.std [D]: of what the linear head is given, for a network that ends in one (FOA).
+        encoder.*: see `Encoder`, fitted on the first frames (router).
         class.mean [classes, D], class.std [D]: of the features of each predicted class, and about these means; where
         there are more than twice as many features as classes, and frames of every class (label_shift).
     """
     frames = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     sums: dict[str, Array] = {}
     count = 0
+    kept: list[tuple[Array, Array]] = []
     has_head = bundle.manifest.head is not None
     keeps_classes = 2 * bundle.channels * bundle.manifest.outputs <= LARGE
     for batch in frames:
@@ -50,6 +55,8 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         mean, second = normalised(bundle, seen.taps)
         shifted = seen.logits - seen.logits.max(axis=1, keepdims=True)
         probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+        if count < ENCODED:
+            kept.append((mean, second))
         parts = {
             "mean": mean,
             "second": second,
@@ -73,6 +80,9 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         "taps.frame_std": spread,
         "prior": means["prior"],
     }
+    if bundle.manifest.sites:
+        first, squares = (np.concatenate(part) for part in zip(*kept, strict=True))
+        made |= Encoder.fitted((first, squares), [site.channels for site in bundle.manifest.sites]).stored()
     if keeps_classes:
         # One frame of the whole source for each class: a class that never came has the source's moments.
         whole = np.stack([means["mean"], means["second"]])
@@ -84,7 +94,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
             made[f"{name}.std"] = np.sqrt(np.maximum(means[f"{name}_square"] - np.square(means[name]), 0))
     if "of_class" in means:
         made |= _class_statistics(means["of_class"], means["features_square"], count)
-    return {name: value.astype(np.float32) for name, value in made.items()}
+    return {name: np.asarray(value, np.float32) for name, value in made.items()}
 
 
 def _by_class(features: Array, logits: Array) -> Array:

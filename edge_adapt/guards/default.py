@@ -32,11 +32,13 @@ SETTING = "guards"
 def guarded(method: Method[Any], context: Context) -> Method[Any]:
     """The method inside its guards. Raises: ConfigError for a guard that there is not."""
     for name in wanted(method, context):
-        kind = GUARDS[name]
-        if isinstance(method, LearnsFromLabels):
-            kind = type(kind.__name__, (kind, _TakesLabels), {})
-        method = kind(context, method)
+        method = taught_too(GUARDS[name], method)(context, method)
     return method
+
+
+def taught_too(kind: type[Wrapper[Any]], method: Method[Any]) -> type[Wrapper[Any]]:
+    """The kind of guard or router that goes around a method: it hands on labels, if the method learns from them."""
+    return type(kind.__name__, (kind, _TakesLabels), {}) if isinstance(method, LearnsFromLabels) else kind
 
 
 def wanted(method: Method[Any], context: Context) -> list[str]:

@@ -7,10 +7,14 @@ from typing import Any
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError
-from edge_adapt.guards.default import SETTING, guarded
+from edge_adapt.guards.default import SETTING, guarded, taught_too
 from edge_adapt.methods.auto import AUTO, choose
 from edge_adapt.methods.protocol import GRADIENTS, HEAD, IMAGES, PROMPTS, SITES, Context, Method
 from edge_adapt.plugins import METHODS, WRAPPERS, find, names
+from edge_adapt.routing.router import Router
+
+ROUTER = "router"
+"""Name of the setting that asks for a router."""
 
 LACKS = {
     SITES: "has no norm site",
@@ -26,13 +30,14 @@ def build(name: str, context: Context) -> Method[Any]:
 
     `auto` is the composition that `auto.py` chooses for the bundle.
 
-    Settings of `context` go to the method; those of a wrapper stand under its name, and `guards` says which guards.
+    Settings of `context` go to the method; those of a wrapper stand under its name, `guards` says which guards, and
+    `router` which router.
     Raises: ConfigError if there is no such method, or if the bundle cannot serve it: then it says which one would fit.
     """
     host, *wrappers = name.split("+")
     if host == AUTO:
         return build("+".join((choose(context.bundle), *wrappers)), context)
-    settings = {key: value for key, value in context.settings.items() if key not in (*wrappers, SETTING)}
+    settings = {key: value for key, value in context.settings.items() if key not in (*wrappers, SETTING, ROUTER)}
     build_host = find(METHODS, host)
     check(host, build_host.requires, context.bundle)
     method: Method[Any] = build_host(replace(context, settings=settings))
@@ -40,7 +45,20 @@ def build(name: str, context: Context) -> Method[Any]:
         build_wrapper = find(WRAPPERS, wrapper)
         check(wrapper, build_wrapper.demands, context.bundle)
         method = build_wrapper(replace(context, settings=context.settings.get(wrapper, {})), method)
-    return guarded(method, context)
+    return routed(guarded(method, context), context)
+
+
+def routed(method: Method[Any], context: Context) -> Method[Any]:
+    """The method behind a router, where the setting `router` asks for one: "hdc", or its settings; "none" for none.
+
+    Raises: ConfigError for another one, or if the bundle or the method cannot serve it.
+    """
+    setting = context.settings.get(ROUTER, "none")
+    if setting == "none":
+        return method
+    if setting != "hdc" and not isinstance(setting, dict):
+        raise ConfigError(f"there is no router {setting!r}", remedy="use hdc or none")
+    return taught_too(Router, method)(replace(context, settings={} if setting == "hdc" else setting), method)
 
 
 def check(name: str, requires: frozenset[str], bundle: Bundle) -> None:

@@ -1,0 +1,177 @@
+"""The bank: one entry for each domain that was met, with what was learned there. A value; nothing here learns.
+
+A domain is known by its mean encoding. A window of n frames lies about `sqrt(V (1/n + 1/N))` from the mean of the N
+frames of its own domain, V being what is left of unit length: distances are compared with that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.delta import Delta
+from edge_adapt.errors import ConfigError
+
+Array = NDArray[Any]
+
+SOURCE = "source"
+"""Name of the first entry: the domain that the model was exported on. It stays."""
+MEMORY = 1024
+"""Frames that a mean encoding averages over."""
+RARE = 0.5
+"""An entry that was not used for this share of all frames since may be given up before two others are merged."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A domain, and what was learned there."""
+
+    name: str
+    mean: Array
+    """[width], mean of the domain's encodings with source weights, each of unit length."""
+    frames: float
+    """Frames that `mean` counts as, at most `MEMORY`."""
+    state: Any
+    """The host's, as of the last window that was surely of this domain."""
+    visits: int = 1
+    used: int = 0
+    """Frame of the stream at which it answered last."""
+
+    @property
+    def variance(self) -> float:
+        """What one frame's encoding differs from the mean, squared length."""
+        return max(1 - float(self.mean @ self.mean), 0.02)
+
+    def distance(self, window: Array) -> float:
+        """Squared distance of a window's mean [n, width] in units of its expectation: about 1 for its own domain."""
+        apart = window.mean(axis=0) - self.mean
+        return float(apart @ apart) / (self.variance * (1 / len(window) + 1 / self.frames))
+
+    def met(self, window: Array, state: Any, now: int) -> Entry:
+        """After a window [n, width] that was surely of this domain."""
+        frames = min(self.frames + len(window), MEMORY)
+        mean = self.mean + len(window) / frames * (window.mean(axis=0) - self.mean)
+        return replace(self, mean=mean.astype(np.float32), frames=frames, state=state, used=now)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Entries, the first of which is source."""
+
+    entries: tuple[Entry, ...]
+    made: int = 0
+    """Domains that were ever met, source not counted: names are never given twice."""
+
+    @classmethod
+    def of(cls, mean: Array, frames: float, state: Any) -> Bank:
+        """With source alone."""
+        return cls((Entry(SOURCE, mean.astype(np.float32), frames, state),))
+
+    def nearest(self, window: Array) -> tuple[int, float]:
+        """Place of the entry nearest to the window's mean [n, width], and its distance in units of what is expected."""
+        distances = [entry.distance(window) for entry in self.entries]
+        place = int(np.argmin(distances))
+        return place, distances[place]
+
+    def with_entry(self, place: int, entry: Entry) -> Bank:
+        entries = list(self.entries)
+        entries[place] = entry
+        return replace(self, entries=tuple(entries))
+
+    def grown(self, window: Array, state: Any, now: int) -> Bank:
+        """With one more entry at the end, for the domain of this window [n, width]."""
+        mean = window.mean(axis=0).astype(np.float32)
+        entry = Entry(f"domain-{self.made + 1}", mean, float(len(window)), state, used=now)
+        return replace(self, entries=(*self.entries, entry), made=self.made + 1)
+
+    def shrunk(self, keep: int, now: int) -> tuple[Bank, str]:
+        """With one entry less, and what was done: the least useful one given up, or the two closest merged.
+
+        Args:
+            keep: place of an entry that may not be given up, beside source.
+            now: frames of the stream so far.
+        """
+        spare = [place for place in range(1, len(self.entries)) if place != keep]
+        oldest = min(spare, key=lambda place: (self.entries[place].visits, self.entries[place].used))
+        unused = now - self.entries[oldest].used
+        if self.entries[oldest].visits == 1 and unused > RARE * now:
+            return self._without(oldest), f"retired: {self.entries[oldest].name}"
+        pairs = [(a, b) for a in range(1, len(self.entries)) for b in range(a + 1, len(self.entries))]
+        if not pairs:
+            return self._without(oldest), f"retired: {self.entries[oldest].name}"
+        first, second = min(pairs, key=lambda pair: self._apart(*pair))
+        return self._merged(first, second)
+
+    def place(self, name: str) -> int | None:
+        """Of the entry of that name."""
+        return next((place for place, entry in enumerate(self.entries) if entry.name == name), None)
+
+    def _apart(self, first: int, second: int) -> float:
+        apart = self.entries[first].mean - self.entries[second].mean
+        return float(apart @ apart)
+
+    def _merged(self, first: int, second: int) -> tuple[Bank, str]:
+        """The entry with more frames takes the other one in; states are of many kinds, and the better founded stays."""
+        pair = self.entries[first], self.entries[second]
+        better, other = pair if pair[0].frames >= pair[1].frames else pair[::-1]
+        total = better.frames + other.frames
+        made = replace(
+            better,
+            mean=((better.frames * better.mean + other.frames * other.mean) / total).astype(np.float32),
+            frames=min(total, MEMORY),
+            visits=better.visits + other.visits,
+            used=max(better.used, other.used),
+        )
+        lower, higher = min(first, second), max(first, second)
+        return self.with_entry(lower, made)._without(higher), f"merged: {other.name} into {better.name}"
+
+    def _without(self, place: int) -> Bank:
+        return replace(self, entries=(*self.entries[:place], *self.entries[place + 1 :]))
+
+
+@dataclass(frozen=True)
+class Cap:
+    """What a bank may grow to, source not counted."""
+
+    entries: int = 8
+    bytes: int = 64_000_000
+
+    def check(self, entry: Any) -> None:
+        """Raises: ConfigError if not even one entry of that host state fits."""
+        need = size(entry)
+        if self.entries < 1 or need > self.bytes:
+            raise ConfigError(
+                f"the bank may hold {self.entries} entries and {self.bytes} bytes; one entry takes {need} bytes",
+                remedy=f"set router.entries to 1 or more and router.bytes to {need} or more, or router to none",
+            )
+
+    def exceeded(self, bank: Bank) -> bool:
+        grown = bank.entries[1:]
+        return len(grown) > self.entries or sum(size(entry) for entry in grown) > self.bytes
+
+
+def size(value: Any) -> int:
+    """Bytes of all arrays and tensors in a value, each counted once."""
+    seen: dict[int, int] = {}
+    _walk(value, seen)
+    return sum(seen.values())
+
+
+def _walk(value: Any, seen: dict[int, int]) -> None:
+    if hasattr(value, "nbytes"):
+        seen[id(value)] = int(value.nbytes)
+    elif isinstance(value, Delta):
+        for item in value.values():
+            _walk(item, seen)
+    elif is_dataclass(value):
+        for field in fields(value):
+            _walk(getattr(value, field.name), seen)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _walk(item, seen)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _walk(item, seen)

@@ -1,0 +1,183 @@
+"""The router: tells domains apart by what frames look like to the source network, and gives each its own host state.
+
+Where the domain changed, some frames are run once more with source weights and encoded. A window that lies near a known
+domain brings that domain's state back at once; one that stays unknown founds an entry, with the state that the host has
+reached there by then. What a window was not surely of a domain is kept in nobody's entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.delta import Delta
+from edge_adapt.errors import ConfigError
+from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step, configured
+from edge_adapt.methods.wrapper import Wrapped, Wrapper
+from edge_adapt.routing.bank import Bank, Cap
+from edge_adapt.routing.encoder import Encoder
+
+Array = NDArray[Any]
+
+ROUTE = "route: "
+"""What an event begins with that says which entry answers from now on."""
+NEW_DOMAIN, BAD_TAPS = "new domain", "refused: taps are not finite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Defaults from trials on CIFAR-10-C, ResNet-20."""
+
+    entries: int = 8
+    """At most so many domains beside source are kept."""
+    bytes: int = 64_000_000
+    """At most so many bytes are kept in them."""
+    window: int = 16
+    """Frames that are routed together."""
+    near: float = 2.0
+    """Distance, in units of its expectation, up to which a window is of a known domain; 99 in 100 are below 1.9."""
+    patience: int = 2
+    """Windows in a row that must be unknown before a domain is new."""
+    every: int = 4
+    """In quiet times, one look in so many is checked."""
+    group: int = 8
+    """Frames looked at in one go while the domain is in doubt."""
+
+    def __post_init__(self) -> None:
+        for name in ("entries", "bytes", "window", "patience", "every", "group"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"router.{name} is {getattr(self, name)}, expected 1 or more", remedy="use the default"
+                )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router remembers, beside the state of the host that is at work."""
+
+    bank: Bank
+    active: int = 0
+    """Place of the entry that answers."""
+    in_doubt: bool = True
+    window: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """[n, width], encodings of the newest frames, not yet routed."""
+    unknown: int = 0
+    """Windows in a row that were near to no entry."""
+    quiet: int = 0
+    """Looks since the last that was checked."""
+    frames: int = 0
+    """Frames answered so far."""
+
+
+class Router(Wrapper[Routing]):
+    """Outermost around a method: every entry has its own state of all that is inside, guards too."""
+
+    name: ClassVar[str] = "router"
+    adds: ClassVar[frozenset[str]] = frozenset({LOGITS})
+
+    def __init__(self, context: Context, host: Method[Any], config: RouterConfig | None = None) -> None:
+        super().__init__(context, host)
+        self.config: RouterConfig = configured(config or RouterConfig(), context.settings)
+        if TAPS not in host.needs:
+            raise ConfigError(
+                f"{host.name} looks at no taps, by which domains are told apart",
+                remedy="use a method that does, such as moments, or router: none",
+            )
+        self.encoder = Encoder.of(context.bundle)
+        self.source = Delta.source()
+        self.cap = Cap(self.config.entries, self.config.bytes)
+        self.cap.check(host.init())
+
+    def start(self) -> Routing:
+        return Routing(Bank.of(self.encoder.source, self.encoder.frames, self.host.init()))
+
+    @property
+    def _nothing(self) -> Array:
+        return np.zeros((0, self.encoder.width), np.float32)
+
+    def look(self, state: Wrapped[Routing], frames: int, passed: int) -> int:
+        if state.own.in_doubt:
+            return min(self.config.group, frames)
+        return super().look(state, frames, passed)
+
+    def step(self, state: Wrapped[Routing], seen: Observation) -> Step[Wrapped[Routing]]:
+        step = self.host.step(state.host, seen)
+        own, events = state.own, step.events
+        if any(event == "domain change" for event in step.events):
+            own = replace(own, in_doubt=True, window=self._nothing, unknown=0)
+        own = replace(own, quiet=own.quiet + 1)
+        again = step.again
+        if own.in_doubt or own.quiet >= self.config.every:
+            encodings = self._encoded(seen)
+            if encodings is None:
+                return Step(Wrapped(step.state, own), step.logits, (*events, BAD_TAPS), step.features, again)
+            known = own.window if own.window.size else self._nothing
+            own = replace(own, quiet=0, window=np.concatenate([known, encodings])[-2 * self.config.window :])
+            in_doubt = own.in_doubt
+            made, told = self._routed(Wrapped(step.state, own))
+            return Step(made, step.logits, (*events, *told), step.features, again or in_doubt)
+        return replace(step, state=Wrapped(step.state, own))
+
+    def watch(self, state: Wrapped[Routing], answered: Answered) -> Step[Wrapped[Routing]]:
+        state, final, events = self.watched_by_host(state, answered)
+        own = replace(state.own, frames=state.own.frames + len(answered.logits))
+        return Step(Wrapped(state.host, own), final.logits, events)
+
+    def _encoded(self, seen: Observation) -> Array | None:
+        """[N, width] with source weights; None if they are not finite."""
+        if not seen.is_of(self.source):
+            assert seen.rehearse is not None
+            seen = seen.rehearse(seen.frames, self.source)
+        assert seen.taps is not None
+        if not all(np.isfinite(part).all() for part in seen.taps):
+            return None
+        return self.encoder(seen.taps)
+
+    def _routed(self, state: Wrapped[Routing]) -> tuple[Wrapped[Routing], tuple[str, ...]]:
+        """After a window is full: stay, go to a known domain, doubt, or found a new one."""
+        own, config = state.own, self.config
+        window = own.window[-config.window :]
+        if len(window) < config.window:
+            return state, ()
+        place, distance = own.bank.nearest(window)
+        if distance > config.near:
+            return self._unknown(state, window)
+        if place == own.active:
+            # A false alarm: what the host forgot because of it comes back.
+            host = own.bank.entries[place].state if own.in_doubt else state.host
+            bank = own.bank.with_entry(place, own.bank.entries[place].met(window, host, own.frames))
+            own = replace(own, bank=bank, in_doubt=False, window=self._nothing, unknown=0)
+            return Wrapped(host, own), ()
+        return self._moved(state, window, place)
+
+    def _moved(self, state: Wrapped[Routing], window: Array, place: int) -> tuple[Wrapped[Routing], tuple[str, ...]]:
+        """To a domain that was met before: its state is back at once."""
+        entry = state.own.bank.entries[place]
+        host = entry.state
+        entry = replace(entry.met(window, host, state.own.frames), visits=entry.visits + 1)
+        own = replace(
+            state.own,
+            bank=state.own.bank.with_entry(place, entry),
+            active=place,
+            in_doubt=False,
+            window=self._nothing,
+            unknown=0,
+        )
+        return Wrapped(host, own), (ROUTE + entry.name,)
+
+    def _unknown(self, state: Wrapped[Routing], window: Array) -> tuple[Wrapped[Routing], tuple[str, ...]]:
+        """One window may be chance, or half of one domain and half of another."""
+        own = replace(state.own, in_doubt=True, unknown=state.own.unknown + 1, window=window[len(window) // 2 :])
+        if own.unknown < self.config.patience:
+            return Wrapped(state.host, own), ()
+        bank, told = own.bank.grown(window, state.host, own.frames), [NEW_DOMAIN]
+        while self.cap.exceeded(bank) and len(bank.entries) > 2:
+            bank, what = bank.shrunk(len(bank.entries) - 1, own.frames)
+            told.append(what)
+        name = bank.entries[-1].name
+        own = replace(own, bank=bank, active=len(bank.entries) - 1, in_doubt=False, window=self._nothing, unknown=0)
+        return Wrapped(state.host, own), (*told, ROUTE + name)
+

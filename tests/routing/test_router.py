@@ -1,0 +1,161 @@
+"""The router around moments, on a network whose domains are plain: dark, bright and noisy images."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from edge_adapt.delta import Delta
+from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
+from edge_adapt.errors import ConfigError
+from edge_adapt.methods.catalogue import build
+from edge_adapt.methods.protocol import Context
+from edge_adapt.preprocess import Preprocess
+from edge_adapt.routing.router import BAD_TAPS, NEW_DOMAIN, ROUTE
+from edge_adapt.runtime.loop import adapt
+from edge_adapt.runtime.predictor import Predictor
+from edge_adapt.tail import Tail
+
+VISIT = 96
+
+
+def routed(bundle, method="moments", **settings):
+    tail = Tail(bundle)
+    return build(method, Context(bundle, lambda: tail, settings={"router": settings or "hdc"}))
+
+
+@pytest.fixture(scope="module")
+def domains(tiny_data):
+    """Name -> images: as they are, dark, and noisy."""
+    images = tiny_data.images
+    noise = np.random.default_rng(0).normal(0, 60, images.shape)
+    return {
+        "clean": images,
+        "dark": (images * 0.25).astype(np.uint8),
+        "noisy": np.clip(images + noise, 0, 255).astype(np.uint8),
+    }
+
+
+def play(bundle, method, parts, batch=16):
+    """The events and the entry that answered at the end of each part."""
+    engine = OnnxRuntimeEngine(bundle)
+    try:
+        predictor, shape = Predictor(bundle, engine), Preprocess(bundle.manifest.input)
+        batches = [shape(images[i : i + batch]) for images in parts for i in range(0, len(images), batch)]
+        answers = list(adapt(predictor, method, batches, clock=time.perf_counter))
+    finally:
+        engine.close()
+    ends = np.cumsum([-(-len(images) // batch) for images in parts])
+    entry, at_end, events = "source", [], []
+    for number, answer in enumerate(answers, 1):
+        events.append(answer.events)
+        entry = next((event[len(ROUTE) :] for event in reversed(answer.events) if event.startswith(ROUTE)), entry)
+        if number in ends:
+            at_end.append(entry)
+    return events, at_end
+
+
+def visit(images, number):
+    return np.roll(images, -number * VISIT, axis=0)[:VISIT]
+
+
+def test_each_domain_gets_an_entry_and_its_own_one_again(device_bundle, domains):
+    order = ["clean", "dark", "noisy"] * 3
+    parts = [visit(domains[name], number) for number, name in enumerate(order)]
+    events, entries = play(device_bundle, routed(device_bundle), parts)
+    first, second, third = entries[:3], entries[3:6], entries[6:]
+    assert first[0] == "source"
+    assert len(set(first)) == 3
+    assert second == third == first
+    assert sum(event == NEW_DOMAIN for told in events for event in told) == 2
+
+
+def test_what_a_domain_learned_is_in_force_again_at_once(device_bundle, domains):
+    method = routed(device_bundle)
+    engine = OnnxRuntimeEngine(device_bundle)
+    try:
+        predictor, shape = Predictor(device_bundle, engine), Preprocess(device_bundle.manifest.input)
+        state = method.init()
+        for name in ("dark", "clean", "dark"):
+            for start in range(0, 64, 8):
+                frames = shape(domains[name][start : start + 8])
+                step = method.step(state, predictor.look_for(method, frames))
+                state = method.watch(step.state, step_answer(predictor, method, frames)).state
+                predictor.apply(method.delta(state))
+        entry = state.own.bank.entries[state.own.active]
+        assert entry.name == "domain-1"
+        assert entry.visits == 2
+        assert not method.delta(state).same_as(Delta.source())
+    finally:
+        engine.close()
+
+
+def step_answer(predictor, method, frames):
+    return predictor.answer(frames, features="features" in method.watches)
+
+
+def test_the_cap_holds_and_source_stays(device_bundle, domains):
+    rng = np.random.default_rng(1)
+    images = domains["clean"]
+    parts = [(images[:VISIT] * factor).astype(np.uint8) for factor in (0.1, 0.45, 1.0)]
+    parts += [np.clip(images[:VISIT] + rng.normal(0, sigma, images[:VISIT].shape), 0, 255).astype(np.uint8)
+              for sigma in (25, 60, 120)]  # fmt: skip
+    method = routed(device_bundle, entries=2)
+    engine = OnnxRuntimeEngine(device_bundle)
+    try:
+        predictor, shape = Predictor(device_bundle, engine), Preprocess(device_bundle.manifest.input)
+        state = method.init()
+        for part in parts:
+            for start in range(0, VISIT, 8):
+                state = method.step(state, predictor.look_for(method, shape(part[start : start + 8]))).state
+                predictor.apply(method.delta(state))
+                bank = state.own.bank
+                assert len(bank.entries) <= 3
+                assert bank.entries[0].name == "source"
+        assert bank.made >= 3
+    finally:
+        engine.close()
+
+
+def test_taps_that_are_not_finite_leave_the_bank_unchanged(device_bundle, domains):
+    method = routed(device_bundle)
+    engine = OnnxRuntimeEngine(device_bundle)
+    try:
+        predictor, shape = Predictor(device_bundle, engine), Preprocess(device_bundle.manifest.input)
+        state = method.init()
+        frames = shape(domains["clean"][:8])
+        frames[3] = np.nan
+        step = method.step(state, predictor.look_for(method, frames))
+        assert BAD_TAPS in step.events
+        assert step.state.own.bank is state.own.bank
+        assert not step.state.own.window.size
+    finally:
+        engine.close()
+
+
+def test_a_method_without_taps_is_refused(device_bundle):
+    with pytest.raises(ConfigError, match="looks at no taps"):
+        routed(device_bundle, "source")
+
+
+def test_a_router_that_there_is_not_is_refused(device_bundle):
+    with pytest.raises(ConfigError, match="no router 'hcd'"):
+        build("moments", Context(device_bundle, lambda: Tail(device_bundle), settings={"router": "hcd"}))
+
+
+def test_a_cap_too_small_for_one_entry_is_refused(device_bundle):
+    with pytest.raises(ConfigError, match="one entry takes"):
+        routed(device_bundle, bytes=10)
+
+
+def test_a_bundle_without_encoder_is_refused_with_the_remedy(device_bundle):
+    from dataclasses import replace
+
+    bare = replace(
+        device_bundle, source={name: value for name, value in device_bundle.source.items() if "encoder" not in name}
+    )
+    with pytest.raises(ConfigError, match="no encoder") as caught:
+        routed(bare)
+    assert "--calibration" in str(caught.value.remedy)
