@@ -22,7 +22,7 @@ HOUR_MS = 3_600_000
 TTL_MS: dict[Store, int] = {"ack": HOUR_MS, "event": 720 * HOUR_MS, "tele": 168 * HOUR_MS, "thin": 168 * HOUR_MS}
 FINE_MS, COARSE_MS = HOUR_MS, 60_000
 PAGE, STEP, BATCH, QUARANTINED = 4096, 500, 64, 100
-RAM_BYTES = 4 << 20
+RAM_BYTES, CACHE_KB = 4 << 20, 256
 RETRY_MS = 1000
 
 
@@ -175,7 +175,8 @@ class Outbox:
         self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=0.2)
         pragmas = ("locking_mode=EXCLUSIVE", f"page_size={PAGE}", "auto_vacuum=INCREMENTAL", "journal_mode=WAL")
         pages = max(16, self._log_bytes // PAGE // 4)
-        for pragma in (*pragmas, f"wal_autocheckpoint={pages}", f"journal_size_limit={self._log_bytes}"):
+        sizes = (f"wal_autocheckpoint={pages}", f"journal_size_limit={self._log_bytes}", f"cache_size=-{CACHE_KB}")
+        for pragma in (*pragmas, *sizes):
             self._run(f"PRAGMA {pragma}").fetchall()
         verdict = str(self._run("PRAGMA quick_check(1)").fetchone()[0])
         if verdict != "ok":

@@ -215,6 +215,7 @@ def main() -> int:
         "back_online_s": round(marks["online"] - marks["back"], 1),
         "drain_s": round(marks["drained"] - marks["online"], 1),
         "rss_growth_mb": round(growth, 3),
+        "rss_mb": [round(mb, 2) for _, mb in outage.rss[:: max(1, len(outage.rss) // 30)]],
         "answers_ms": {"before": calm, "away": gone, "draining": draining, "p99_ratio": round(ratio, 3)},
     }
     return finish("outage", asked, promises, facts)
