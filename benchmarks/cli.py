@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmarks.accuracy_cli import bench_accuracy
+from benchmarks.choice_cli import bench_choice
+from benchmarks.routing_cli import bench_routing
+
 if TYPE_CHECKING:
     from benchmarks.replay import Progress
 
@@ -19,13 +23,15 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in o
 def replay(
     bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
     data: Annotated[str, typer.Option(help=".npz, image folder, sklearn:digits, or {har,usps,pacs,kws}:PATH")],
-    scenario: Annotated[str, typer.Option(help="continual, natural, bursts, long_tailed_100_forward")] = "continual",
+    scenario: Annotated[str, typer.Option(help="continual, recurring, contaminated_30; see the README")] = "continual",
     method: Annotated[str, typer.Option(help="one or more, with commas between")] = "source,moments",
     batch_size: Annotated[int, typer.Option(help="frames that arrive together")] = 64,
     limit: Annotated[int | None, typer.Option(help="frames of each shift")] = None,
     severity: Annotated[int, typer.Option(help="1 to 5")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
     corruption: Annotated[str | None, typer.Option(help="some of the fifteen, with commas between")] = None,
+    foreign: Annotated[str | None, typer.Option(help="images that contaminate, as for --data; None: noise")] = None,
+    router: Annotated[str, typer.Option(help="hdc or none: what chooses among the entries of a bank")] = "none",
     engine: Annotated[str, typer.Option(help="onnxruntime or torch")] = "onnxruntime",
     threads: Annotated[int, typer.Option()] = 1,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and report.html")] = None,
@@ -35,7 +41,6 @@ def replay(
     from benchmarks.replay import Replay
     from benchmarks.replay import replay as run
     from edge_adapt.bundle import Bundle
-    from edge_adapt.streams.corruptions import CORRUPTIONS
     from edge_adapt.streams.data import load_data
     from edge_adapt.threads import one_thread
 
@@ -47,13 +52,16 @@ def replay(
         limit=limit,
         severity=severity,
         seed=seed,
-        corruptions=tuple(corruption.split(",")) if corruption else CORRUPTIONS,
+        corruptions=tuple(corruption.split(",")) if corruption else None,
+        router=router,
         engine=engine,
         threads=threads,
     )
     loaded = Bundle.load(bundle)
+    classes = loaded.manifest.classes
+    others = None if foreign is None else load_data(foreign)
     with progress_bar() as progress:
-        results = run(loaded, load_data(data, loaded.manifest.classes), plan, progress=progress)
+        results = run(loaded, load_data(data, classes), plan, foreign=others, progress=progress)
     publish(results, out, json_file)
 
 
@@ -87,6 +95,11 @@ def demo(
 @bench.callback()
 def _bench() -> None:
     """Measure speed, side by side in one process."""
+
+
+bench.command("choice")(bench_choice)
+bench.command("routing")(bench_routing)
+bench.command("accuracy")(bench_accuracy)
 
 
 @bench.command("latency")

@@ -128,7 +128,7 @@ def _round(bundle: Bundle, data: Dataset, plan: Endurance) -> tuple[Array, Array
     labels = [shift.labels for shift in shifts if shift.labels is not None]
     if not shifts or len(labels) != len(shifts):
         raise DataError(f"{data.name} has no labels, or no frames", remedy="give data that errors can be counted on")
-    return np.concatenate([preprocess(shift.images) for shift in shifts]), np.concatenate(labels)
+    return np.concatenate([preprocess(shift.images[:]) for shift in shifts]), np.concatenate(labels)
 
 
 def _batches(frames: Array, size: int, rounds: int) -> Iterator[Array]:

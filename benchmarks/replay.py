@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -19,11 +18,14 @@ from numpy.typing import NDArray
 from benchmarks import scenarios
 from benchmarks.memory import PeakMemory
 from benchmarks.scenarios import Scenario, Shift
+from benchmarks.scenarios.foreign import NOISE, foreign_images
+from benchmarks.score import Score
+from benchmarks.table import BASELINE
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.errors import ConfigError, DataError, did_you_mean
-from edge_adapt.methods.catalogue import build
+from edge_adapt.methods.catalogue import ROUTER, build
 from edge_adapt.methods.protocol import Context, Method
 from edge_adapt.plugins import ENGINES, find
 from edge_adapt.preprocess import Preprocess
@@ -38,9 +40,9 @@ Progress = Callable[[str, int, int], None]
 """Told (what, frames done, frames in all)."""
 
 SCHEMA = 1
-WINDOWS = 200
-"""Points of an error curve."""
 WARM_UP = 3
+NONE, HDC = "none", "hdc"
+"""Routers: none, or the bank of entries found by hyperdimensional descriptors of the taps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,10 @@ class Replay:
     """Frames of each shift."""
     severity: int = 5
     seed: int = 0
-    corruptions: tuple[str, ...] = CORRUPTIONS
+    corruptions: tuple[str, ...] | None = None
+    """None: those of the scenario."""
+    router: str = NONE
+    """What chooses among the entries of a bank, around every method but source."""
     engine: str = "onnxruntime"
     threads: int = 1
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -69,46 +74,41 @@ class Replay:
             raise ConfigError(f"limit is {self.limit}, expected 1 or more", remedy="leave it out for all frames")
         if not self.methods:
             raise ConfigError("no method was given", remedy="name one or more, such as source,moments")
-        for name in self.corruptions:
+        if self.router not in (NONE, HDC):
+            raise ConfigError(f"there is no router {self.router!r}", remedy=did_you_mean(self.router, (NONE, HDC)))
+        for name in self.corruptions or ():
             if name not in CORRUPTIONS:
                 raise ConfigError(f"there is no corruption {name!r}", remedy=did_you_mean(name, CORRUPTIONS))
 
 
 def replay(
-    bundle: Bundle, data: Dataset, plan: Replay, *, progress: Progress = lambda what, done, total: None
+    bundle: Bundle,
+    data: Dataset,
+    plan: Replay,
+    *,
+    foreign: Dataset | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Run every method of the plan over the same frames.
 
+    `foreign` holds the images that a contaminated scenario mixes in; None: noise.
     Returns: the form of results.json; errors in per cent, times in milliseconds a frame.
     """
     scenario = scenarios.get(plan.scenario)
     check_labels(bundle, data)
     tail = _lazy_tail(bundle)
     methods = {
-        name: build(name, Context(bundle, tail, plan.seed, plan.settings.get(name, {}))) for name in plan.methods
+        name: build(name, Context(bundle, tail, plan.seed, method_settings(plan, name))) for name in plan.methods
     }
-    shifts = _shifts(scenario, data, plan, progress)
+    shifts = _shifts(scenario, data, plan, foreign, progress)
     preprocess = Preprocess(bundle.manifest.input)
     preprocess(shifts[0].images[:1])
     engine: Engine = find(ENGINES, plan.engine)(bundle, threads=plan.threads)
-    total = sum(len(shift.images) for shift in shifts)
-    rows = []
     try:
-        warm = preprocess(shifts[0].images[: plan.batch_size])
-
-        def plain_inference() -> None:
-            for _ in range(WARM_UP):
-                engine.run(warm)
-
-        for name, method in methods.items():
-            memory = PeakMemory(plain_inference)
-            predictor = Predictor(bundle, engine)
-            score = _Score(name, shifts, total)
-            for frames, shift, answer in _run(predictor, method, scenario, shifts, plan, preprocess):
-                score.add(frames, shift, answer)
-                progress(name, score.frames, total)
-            rows.append(score.row(memory.extra_mb, predictor.passes))
-            predictor.apply(Delta.source())
+        rows = [
+            _row(name, method, Predictor(bundle, engine), scenario, shifts, plan, preprocess, progress)
+            for name, method in methods.items()
+        ]
     finally:
         engine.close()
     return {
@@ -122,6 +122,8 @@ def replay(
             "seed": plan.seed,
             "limit": plan.limit,
             "mode": "reference" if bundle.is_reference else "device",
+            **({"router": plan.router} if plan.router != NONE else {}),
+            **({"foreign": NOISE if foreign is None else foreign.name} if scenario.contaminated else {}),
             **({"methods": plan.settings} if plan.settings else {}),
         },
         "environment": environment(plan.threads, engine.description),
@@ -143,6 +145,33 @@ def check_labels(bundle: Bundle, data: Dataset) -> None:
             )
 
 
+def _row(
+    name: str,
+    method: Method[Any],
+    predictor: Predictor,
+    scenario: Scenario,
+    shifts: Sequence[Shift],
+    plan: Replay,
+    preprocess: Preprocess,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One method over the whole stream; source is in force before and after."""
+    warm = preprocess(shifts[0].images[: plan.batch_size])
+
+    def plain_inference() -> None:
+        for _ in range(WARM_UP):
+            predictor.engine.run(warm)
+
+    memory = PeakMemory(plain_inference)
+    score = Score(name, shifts)
+    for frames, answer in _run(predictor, method, scenario, shifts, plan, preprocess):
+        score.add(frames, answer)
+        progress(name, score.frames, score.total)
+    row = score.row(memory.extra_mb, predictor.passes)
+    predictor.apply(Delta.source())
+    return row
+
+
 def _run(
     predictor: Predictor,
     method: Method[Any],
@@ -150,8 +179,8 @@ def _run(
     shifts: Sequence[Shift],
     plan: Replay,
     preprocess: Preprocess,
-) -> Iterator[tuple[int, int, Answer]]:
-    """Yield (frames, index of the shift, answer) for each batch; a batch never spans two shifts."""
+) -> Iterator[tuple[int, Answer]]:
+    """Yield (frames, answer) for each batch; a batch never spans two shifts."""
 
     def batches(part: Sequence[Shift]) -> Iterator[Array]:
         for shift in part:
@@ -159,88 +188,31 @@ def _run(
                 yield preprocess(shift.images[start : start + plan.batch_size])
 
     sizes = [
-        (index, min(plan.batch_size, len(shift.images) - start))
-        for index, shift in enumerate(shifts)
+        min(plan.batch_size, len(shift.images) - start)
+        for shift in shifts
         for start in range(0, len(shift.images), plan.batch_size)
     ]
     parts = [[shift] for shift in shifts] if scenario.reset else [shifts]
     answers = (answer for part in parts for answer in adapt(predictor, method, batches(part)))
-    for (index, size), answer in zip(sizes, answers, strict=True):
-        yield size, index, answer
+    yield from zip(sizes, answers, strict=True)
 
 
-class _Score:
-    """Counts what was answered. The only place where labels are read."""
-
-    def __init__(self, method: str, shifts: Sequence[Shift], total: int) -> None:
-        self.method, self.shifts, self.total = method, shifts, total
-        self.frames = 0
-        self._place = 0
-        self._shift = 0
-        self._wrong: list[Array] = []
-        self._answer: list[float] = []
-        self._learn: list[float] = []
-        self._events: list[dict[str, Any]] = []
-        self._looked = 0
-        self._started = time.perf_counter()
-
-    def add(self, frames: int, shift: int, answer: Answer) -> None:
-        if shift != self._shift:
-            self._shift, self._place = shift, 0
-        labels = self.shifts[shift].labels
-        if labels is not None:
-            expected = labels[self._place : self._place + frames]
-            self._wrong.append(answer.logits.argmax(axis=1) != expected)
-        self._answer.append(answer.answer_s * 1e3 / frames)
-        self._learn.append(answer.learn_s * 1e3 / frames)
-        self._events.extend({"frame": self.frames, "name": event} for event in answer.events)
-        self._looked += answer.looked
-        self.frames += frames
-        self._place += frames
-
-    def row(self, extra_mb: float | None, passes: int) -> dict[str, Any]:
-        wrong = np.concatenate(self._wrong) if self._wrong else np.zeros(0, bool)
-        errors: dict[str, float] = {}
-        start = 0
-        for shift in self.shifts if len(wrong) else ():
-            if shift.labels is None:
-                continue
-            errors[shift.name] = round(float(wrong[start : start + len(shift.images)].mean()) * 100, 3)
-            start += len(shift.images)
-        window = max(32, -(-self.total // WINDOWS))
-        ends = [min(stop, len(wrong)) for stop in range(window, len(wrong) + window, window)] if len(wrong) else []
-        curve = [round(float(wrong[max(0, end - window) : end].mean()) * 100, 2) for end in ends]
-        return {
-            "method": self.method,
-            "error_mean": round(float(np.mean(list(errors.values()))), 3) if errors else None,
-            "errors": errors,
-            "answer_ms": _milliseconds(self._answer),
-            "learn_ms": _milliseconds(self._learn),
-            "extra_mb": extra_mb,
-            "frames": self.frames,
-            "looked": self._looked,
-            "passes": passes,
-            "seconds": round(time.perf_counter() - self._started, 2),
-            "timeline": {"frames": ends, "error": curve},
-            "events": self._events,
-        }
+def method_settings(plan: Replay, method: str) -> dict[str, Any]:
+    """What a method is built with; the baseline answers without a bank."""
+    settings = plan.settings.get(method, {})
+    return settings if plan.router == NONE or method == BASELINE else {ROUTER: plan.router, **settings}
 
 
-def _milliseconds(values: list[float]) -> dict[str, float]:
-    array = np.array(values)
-    return {
-        "p50": round(float(np.percentile(array, 50)), 4),
-        "p99": round(float(np.percentile(array, 99)), 4),
-        "mean": round(float(array.mean()), 4),
-    }
-
-
-def _shifts(scenario: Scenario, data: Dataset, plan: Replay, progress: Progress) -> list[Shift]:
+def _shifts(
+    scenario: Scenario, data: Dataset, plan: Replay, foreign: Dataset | None, progress: Progress
+) -> list[Shift]:
     data = data[: plan.limit] if plan.limit else data
+    images = None if foreign is None else foreign_images(foreign)
+    expected = len(scenario.corruptions if plan.corruptions is None else plan.corruptions)
     made = []
-    for shift in scenario.shifts(data, plan.severity, plan.seed, plan.corruptions):
+    for shift in scenario.play(data, plan.severity, plan.seed, plan.corruptions, images):
         made.append(shift)
-        progress("making the stream", len(made), len(plan.corruptions))
+        progress("making the stream", len(made), max(len(made) + 1, expected))
     progress("making the stream", len(made), len(made))
     if not made or not len(made[0].images):
         raise DataError(f"{data.name} gives no frame for scenario {scenario.name}", remedy="check --data and --limit")
@@ -249,10 +221,20 @@ def _shifts(scenario: Scenario, data: Dataset, plan: Replay, progress: Progress)
 
 def _places(shifts: Sequence[Shift]) -> list[dict[str, Any]]:
     starts = np.cumsum([0, *(len(shift.images) for shift in shifts)])
-    return [
-        {"name": shift.name, "start": int(start), "frames": len(shift.images)}
-        for shift, start in zip(shifts, starts, strict=False)
-    ]
+    return [_place(shift, int(start)) for shift, start in zip(shifts, starts, strict=False)]
+
+
+def _place(shift: Shift, start: int) -> dict[str, Any]:
+    """Where a shift is; its domains if they are not its name, and its genuine frames if not all are."""
+    made: dict[str, Any] = {"name": shift.name, "start": start, "frames": len(shift.images)}
+    if shift.domains is not None:
+        made["domains"] = names = shift.domain_names
+        if len(names) > 1:
+            numbers = {name: number for number, name in enumerate(names)}
+            made["domain"] = [numbers[name] for name in shift.domains.tolist()]
+    if shift.counts is not None:
+        made["genuine"] = int(shift.counts.sum())
+    return made
 
 
 def _lazy_tail(bundle: Bundle) -> Callable[[], Tail]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -52,6 +52,18 @@ class Shift(_Part):
     name: Name
     start: int
     frames: int = Field(ge=0)
+    domains: tuple[Name, ...] = ()
+    """What its frames are of, where that is not the name."""
+    domain: tuple[int, ...] = ()
+    """Index of each frame's domain, where there are several."""
+    genuine: int | None = None
+    """Frames that are scored, where others are foreign."""
+
+    @model_validator(mode="after")
+    def _each_frame_has_a_domain(self) -> Shift:
+        if self.domain and (len(self.domain) != self.frames or not set(self.domain) <= set(range(len(self.domains)))):
+            raise ValueError(f"domain of {self.name} holds no index of its domains for each frame")
+        return self
 
 
 class Times(_Part):
@@ -76,6 +88,22 @@ class Event(_Part):
     name: Name
 
 
+class Visit(_Part):
+    """A stretch of a shift that comes more than once; `error` in per cent for each 64 frames of it."""
+
+    name: Name
+    start: int
+    frames: int = Field(ge=0)
+    error: tuple[Number, ...] = ()
+
+
+class Entry(_Part):
+    """The entry of the bank that answers from this frame on."""
+
+    frame: int = Field(ge=0)
+    entry: Name
+
+
 class Row(_Part):
     """One method. Errors in per cent, null for a stream without labels."""
 
@@ -88,7 +116,9 @@ class Row(_Part):
     frames: int = 0
     seconds: Number = None
     timeline: Timeline = Timeline()
+    visits: tuple[Visit, ...] = ()
     events: tuple[Event, ...] = ()
+    entries: tuple[Entry, ...] = ()
 
 
 class Bundle(_Part):
@@ -117,9 +147,14 @@ class Results(_Part):
 
     @property
     def shift_names(self) -> list[str]:
-        """Every shift that has an error or a place in the stream, once, in the stream's order."""
-        names = [shift.name for shift in self.shifts]
+        """Every shift with an error or a place in the stream, once, in order; the domains of one that has several."""
+        names = [name for shift in self.shifts for name in (shift.domains if shift.domain else (shift.name,))]
         return list(dict.fromkeys(names + [name for row in self.rows for name in row.errors]))
+
+    @property
+    def foreign(self) -> int:
+        """Frames that are not scored, since they are none of the task's."""
+        return sum(shift.frames - shift.genuine for shift in self.shifts if shift.genuine is not None)
 
     def harm(self, row: Row, shift: str) -> float | None:
         """Points of error by which a method is above source on one shift; below zero it helps."""
@@ -268,7 +303,8 @@ def print_table(results: Mapping[str, Any] | Results, console: Console | None = 
             if _fits(tables, console):
                 break
     title = f"{checked.bundle.name}, {checked.scenario}, {checked.data}"
-    console.print(Text.assemble((title, "bold"), ": error in %, time in ms per frame"))
+    scored = f" (of genuine frames; {checked.foreign:,} are foreign)" if checked.foreign else ""
+    console.print(Text.assemble((title, "bold"), f": error in %{scored}, time in ms per frame"))
     for table in tables:
         console.print(table)
 

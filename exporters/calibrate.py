@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.protocol import Engine
+from edge_adapt.routing import scores
 from edge_adapt.routing.encoder import Encoder
 from edge_adapt.taps import normalised
 
@@ -40,6 +41,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         cls.mean, cls.std [channels of the layer norms]: of the class token behind each, for a transformer (FOA).
         features.mean, features.std [D]: of what the linear head is given, for a network that ends in one (FOA).
         encoder.*: see `Encoder`, fitted on the first frames (router).
+        ood.*: see `scores.fit`, what tells strange frames; not of a network that gives probabilities.
         class.mean [classes, D], class.std [D]: of the features of each predicted class, and about these means; where
         there are more than twice as many features as classes, and frames of every class (label_shift).
     """
@@ -47,6 +49,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
     sums: dict[str, Array] = {}
     count = 0
     kept: list[tuple[Array, Array]] = []
+    answered: list[tuple[Array, Array | None]] = []
     has_head = bundle.manifest.head is not None
     keeps_classes = 2 * bundle.channels * bundle.manifest.outputs <= LARGE
     for batch in frames:
@@ -55,6 +58,7 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
         mean, second = normalised(bundle, seen.taps)
         shifted = seen.logits - seen.logits.max(axis=1, keepdims=True)
         probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+        answered.append((seen.logits, seen.features))
         if count < ENCODED:
             kept.append((mean, second))
         parts = {
@@ -83,6 +87,8 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
     if bundle.manifest.sites:
         first, squares = (np.concatenate(part) for part in zip(*kept, strict=True))
         made |= Encoder.fitted((first, squares), [site.channels for site in bundle.manifest.sites]).stored()
+    if bundle.manifest.output == "logits" and count >= scores.FEWEST:
+        made |= _scores(answered)
     if keeps_classes:
         # One frame of the whole source for each class: a class that never came has the source's moments.
         whole = np.stack([means["mean"], means["second"]])
@@ -94,7 +100,13 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
             made[f"{name}.std"] = np.sqrt(np.maximum(means[f"{name}_square"] - np.square(means[name]), 0))
     if "of_class" in means:
         made |= _class_statistics(means["of_class"], means["features_square"], count)
-    return {name: np.asarray(value, np.float32) for name, value in made.items()}
+    return {name: value if value.dtype == np.uint8 else np.asarray(value, np.float32) for name, value in made.items()}
+
+
+def _scores(answered: list[tuple[Array, Array | None]]) -> dict[str, Array]:
+    logits = np.concatenate([part for part, _ in answered])
+    features = [part for _, part in answered if part is not None]
+    return scores.fit(logits, np.concatenate(features) if features else None)
 
 
 def _by_class(features: Array, logits: Array) -> Array:

@@ -43,6 +43,7 @@ from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptEr
 from edge_adapt.graph import SIDE, attributes, graft_taps, initializers, producers, shapes
 from edge_adapt.preprocess import Preprocess
 from exporters import parity
+from exporters.accuracy import accuracy_entries, can_be_fitted
 from exporters.adapters import ADAPTERS, write_label_shift, write_pairs
 from exporters.calibrate import source_statistics
 from exporters.cut import resolve_cut, tail_of
@@ -118,6 +119,7 @@ def export(
         engine = OnnxRuntimeEngine(bundle)
         if frames is not None:
             source |= source_statistics(bundle, engine, frames, lambda count: None)
+            source |= _accuracy(replace(bundle, source=source), engine, calibration, report, progress)
         if warmed is not None and warm_up is not None:
             report("training the adapters")
             source |= warmed.source
@@ -142,6 +144,18 @@ def export(
         report(f"parity {max(errors.values()):.1e} of the output's scale, {parity.TOLERANCE:.0e} allowed")
     place_of(out).unlink(missing_ok=True)
     return out
+
+
+def _accuracy(
+    bundle: Bundle, engine: OnnxRuntimeEngine, images: Array | None, report: Report, progress: Progress
+) -> dict[str, Array]:
+    """What accuracy can be told by without labels, where the frames are images and enough."""
+    if images is None or not can_be_fitted(bundle, images):
+        return {}
+    report("fitting the estimate of accuracy")
+    return accuracy_entries(
+        bundle, engine, _spread(images), lambda done, total: progress("estimate of accuracy", done, total)
+    )
 
 
 def _write_label_shift(bundle: Bundle, engine: OnnxRuntimeEngine, plan: WarmUpPlan, report: Report) -> None:
@@ -296,7 +310,10 @@ def _save_graphs(folder: Path, network: onnx.ModelProto, folded: Folded, manifes
 
 def _finish(folder: Path, manifest: Manifest, source: dict[str, Array]) -> Manifest:
     """Write source statistics and the manifest with the hashes of everything else."""
-    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in source.items()}
+    arrays = {
+        name: np.ascontiguousarray(value, np.uint8 if value.dtype == np.uint8 else np.float32)
+        for name, value in source.items()
+    }
     (folder / SOURCE).write_bytes(save_safetensors(arrays))
     adapters = sorted(str(file.relative_to(folder)) for file in folder.glob(f"{ADAPTERS}/*.safetensors"))
     files = {
@@ -316,8 +333,13 @@ def _calibration_frames(spec: InputSpec, images: Array | None) -> Array | None:
         raise DataError("the calibration data is empty", remedy="give some source frames")
     if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
         raise DataError("the calibration data holds NaN or infinite values", remedy="remove those frames")
+    return Preprocess(spec)(_spread(images))
+
+
+def _spread(images: Array) -> Array:
+    """As many as are calibrated with, from all places of the data."""
     step = max(1, len(images) // CALIBRATION_SAMPLES)
-    return Preprocess(spec)(images[::step][:CALIBRATION_SAMPLES])
+    return images[::step][:CALIBRATION_SAMPLES]
 
 
 def _parity_frames(spec: InputSpec, frames: Array | None) -> Array:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edge_adapt.bundle import Bundle, InputSpec
 from edge_adapt.streams.data import Dataset
 from exporters.export import export, from_module
+from exporters.zoo.vit import VisionTransformer
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 TINY_INPUT = InputSpec(shape=(3, 16, 16), scale=255.0, mean=(0.5, 0.4, 0.6), std=(0.25, 0.2, 0.3))
@@ -134,3 +135,14 @@ def device_bundle(tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytes
 def reference_bundle(tiny_net: TinyNet, tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny network cut at its input. Do not modify its files."""
     return tiny_bundle(tiny_net, tiny_data.images, tmp_path_factory.mktemp("bundles") / "reference", "input")
+
+
+@pytest.fixture(scope="session")
+def token_bundle(tmp_path_factory) -> Bundle:
+    """A transformer of two blocks, cut between them. Do not modify its files."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = VisionTransformer(image=16, patch=4, dim=16, depth=2, heads=2, classes=5).eval()
+    model = from_module(net, "tokens", InputSpec(shape=(3, 16, 16)), cut="blocks.0", prompt_width=16)
+    frames = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
+    return Bundle.load(export(model, tmp_path_factory.mktemp("tokens") / "b", calibration=frames, cut="blocks.0"))

@@ -90,13 +90,10 @@ class Encoder:
                 remedy="use taps of the bundle that the encoder was fitted on",
             )
         vectors = (_vectors(taps, self.columns) - self.mean) / self.spread
-        made = np.zeros((len(vectors), self.width), np.float32)
-        start = 0
-        for size, projection in zip(self.chosen, self.projections, strict=True):
-            part = vectors[:, :, start : start + size].reshape(len(vectors), -1).astype(np.float32)
-            # The projection keeps lengths, so that the part may be made one long before it.
-            made += unit(part) @ projection
-            start += size
+        # The projection keeps lengths, so that each layer's part may be made one long before it.
+        lengths = np.sqrt(np.add.reduceat(np.square(vectors).sum(axis=1), self.starts, axis=1))
+        vectors /= np.repeat(np.maximum(lengths, 1e-12), self.chosen, axis=1)[:, None]
+        made = vectors.reshape(len(vectors), -1).astype(np.float32) @ self.stacked
         return unit(made)
 
     @property
@@ -108,6 +105,18 @@ class Encoder:
     def columns(self) -> Array:
         """Their places in the tap vectors, in order."""
         return _columns(self.sizes, self.seed)
+
+    @cached_property
+    def starts(self) -> Array:
+        """Place of each layer's first channel among those encoded."""
+        return np.cumsum((0, *self.chosen))[:-1]
+
+    @cached_property
+    def stacked(self) -> Array:
+        """[2 * chosen channels, width], all projections as one: rows of the means, then those of the deviations."""
+        halves = [projection.reshape(2, -1, self.width) for projection in self.projections]
+        made: Array = np.concatenate(halves, axis=1).reshape(-1, self.width)
+        return made
 
     @cached_property
     def projections(self) -> tuple[Array, ...]:

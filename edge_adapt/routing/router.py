@@ -43,11 +43,13 @@ class RouterConfig:
     """Windows in a row that must be unknown before a domain is new."""
     every: int = 4
     """In quiet times, one look in so many is checked."""
+    idle: int = 32
+    """While the host looks at nothing, such as one that rests, one frame in so many is looked at."""
     group: int = 8
     """Frames looked at in one go while the domain is in doubt."""
 
     def __post_init__(self) -> None:
-        for name in ("entries", "bytes", "window", "patience", "every", "group"):
+        for name in ("entries", "bytes", "window", "patience", "every", "idle", "group"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"router.{name} is {getattr(self, name)}, expected 1 or more", remedy="use the default"
@@ -101,7 +103,7 @@ class Router(Wrapper[Routing]):
     def look(self, state: Wrapped[Routing], frames: int, passed: int) -> int:
         if state.own.in_doubt:
             return min(self.config.group, frames)
-        return super().look(state, frames, passed)
+        return super().look(state, frames, passed) or min(int(passed >= self.config.idle), frames)
 
     def step(self, state: Wrapped[Routing], seen: Observation) -> Step[Wrapped[Routing]]:
         step = self.host.step(state.host, seen)

@@ -14,6 +14,7 @@ from benchmarks.replay import Replay, replay
 from edge_adapt.cli import run
 from edge_adapt.delta import Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
+from edge_adapt.errors import ConfigError
 from edge_adapt.methods.protocol import TAPS, Step
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.streams.data import Dataset
@@ -21,7 +22,7 @@ from edge_adapt.streams.data import Dataset
 KEYS = {"schema", "scenario", "data", "bundle", "settings", "environment", "shifts", "rows"}
 ROW_KEYS = {
     *("method", "error_mean", "errors", "answer_ms", "learn_ms", "extra_mb", "frames", "looked", "passes"),
-    *("seconds", "timeline", "events"),
+    *("seconds", "timeline", "visits", "events", "entries"),
 }
 TWO = ("gaussian_noise", "brightness")
 
@@ -236,3 +237,85 @@ def test_latency_times_every_case(device_bundle):
     assert figures["ratios"]["bare"] == 1
     assert {"batch_size": 2, "rounds": 3, "threads": 1}.items() <= figures["settings"].items()
     json.dumps(figures)
+
+
+def test_foreign_frames_are_answered_and_not_scored(device_bundle, data, spies):
+    foreign = Dataset("letters", np.full((3, 20, 20), 255, np.uint8), None)
+    plan = Replay(scenario="contaminated_30", methods=("spy",), corruptions=TWO, batch_size=16)
+    results = replay(device_bundle, data, plan, foreign=foreign)
+    assert results["settings"]["foreign"] == "letters"
+    assert [(shift["frames"], shift["genuine"]) for shift in results["shifts"]] == [(91, 64), (91, 64)]
+    shown = np.concatenate([seen.frames for seen in spies[0].seen])
+    white = Preprocess(device_bundle.manifest.input)(np.full_like(data.images[:1], 255))
+    assert (shown == white).all(axis=(1, 2, 3)).sum() == 54
+    genuine = shown[~(shown == white).all(axis=(1, 2, 3))]
+    replay(device_bundle, data, Replay(methods=("spy",), corruptions=TWO, batch_size=16))
+    assert np.array_equal(genuine, np.concatenate([seen.frames for seen in spies[1].seen]))
+
+
+def test_contaminated_source_has_the_error_of_the_plain_stream(device_bundle, data):
+    def of(scenario: str):
+        results = replay(device_bundle, data, Replay(scenario=scenario, methods=("source",), corruptions=TWO))
+        assert results["settings"].get("foreign") == ("noise" if scenario != "continual" else None)
+        return errors(results)["source"]
+
+    assert of("contaminated_10") == of("contaminated_30") == of("continual")
+
+
+def test_a_scenario_that_mixes_nothing_in_refuses_foreign_frames(device_bundle, data):
+    with pytest.raises(ConfigError, match="mixes no foreign frames in"):
+        replay(device_bundle, data, Replay(corruptions=TWO), foreign=data)
+
+
+def test_recurring_counts_visits_and_a_domain_has_one_error(device_bundle, data):
+    row = replay(device_bundle, data, Replay(scenario="recurring", methods=("source",), corruptions=TWO))["rows"][0]
+    assert list(row["errors"]) == list(TWO)
+    assert [visit["name"] for visit in row["visits"]] == [*TWO] * 6
+    first = {name: [visit["error"] for visit in row["visits"] if visit["name"] == name] for name in TWO}
+    for name in TWO:  # 64 frames a visit, the same ones each time: source errs alike
+        assert len({tuple(error) for error in first[name]}) == 1
+        assert first[name][0] == [pytest.approx(row["errors"][name], abs=1e-3)]
+
+
+def test_mixed_domains_are_told_frame_by_frame(device_bundle, data):
+    results = replay(device_bundle, data, Replay(scenario="mixed_domains", methods=("source",), corruptions=TWO))
+    [shift] = results["shifts"]
+    assert shift["domains"] == list(TWO)
+    assert sorted(shift["domain"]) == [0] * 64 + [1] * 64
+    plain = replay(device_bundle, data, Replay(methods=("source",), corruptions=TWO))
+    assert errors(results) == errors(plain)
+    json.dumps(results)
+
+
+def test_the_router_is_asked_for_around_every_method_but_the_baseline(device_bundle, data, spies, monkeypatch):
+    asked = {}
+    known = module.build
+
+    def note(name: str, context):
+        asked[name] = context.settings
+        return known(name, dataclasses.replace(context, settings={}))
+
+    monkeypatch.setattr(module, "build", note)
+    plan = Replay(methods=("source", "spy"), corruptions=TWO, router="hdc", settings={"spy": {"guards": False}})
+    results = replay(device_bundle, data, plan)
+    assert asked == {"source": {}, "spy": {"router": "hdc", "guards": False}}
+    assert results["settings"]["router"] == "hdc"
+    with pytest.raises(ConfigError, match="there is no router 'hcd'"):
+        Replay(router="hcd")
+
+
+def test_scenarios_name_their_corruptions_unless_some_are_given(device_bundle, data):
+    plan = Replay(scenario="burst", methods=("source",), limit=32)
+    names = [shift["name"] for shift in replay(device_bundle, data, plan)["shifts"]]
+    assert names[::3] == ["gaussian_noise", "fog", "contrast"]
+    assert names[1::3] == ["gaussian_noise burst", "fog burst", "contrast burst"]
+
+
+def test_the_command_takes_foreign_frames(device_bundle, data, tmp_path):
+    np.savez(tmp_path / "tiny.npz", images=data.images, labels=data.labels)
+    np.savez(tmp_path / "digits.npz", usps_images=np.zeros((5, 16, 16), np.uint8))
+    arguments = ["--data", str(tmp_path / "tiny.npz"), "--foreign", str(tmp_path / "digits.npz"), "--method", "source"]
+    arguments += ["--scenario", "contaminated_10", "--corruption", "fog", "--out", str(tmp_path)]
+    assert run(["replay", str(device_bundle.path), *arguments]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["foreign"] == "digits"
+    assert "errors of genuine frames only" in (tmp_path / "report.html").read_text()

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks.report import Style, method_styles, verdict, write_report
+from benchmarks.report import verdict, write_report
+from benchmarks.report_look import Style, method_styles
 from benchmarks.table import as_markdown, print_table, read_results
 from edge_adapt.errors import ConfigError
 

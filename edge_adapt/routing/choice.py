@@ -1,0 +1,378 @@
+"""Which adapter, and where: a score for every candidate from a few unlabelled frames, before any of them is trained.
+
+The score is the project's own, after the idea of choosing networks by the spectrum of their tangent kernel (Chen et
+al., "Neural Architecture Search on ImageNet in Four GPU Hours", ICLR 2021): with K = J J' the kernel of a candidate's
+own parameters at the start,
+
+    score = log erank(K) - 1/2 log condition(K) - lambda log parameters - mu log bytes of activations
+
+It does not change with the scale of K, and so neither with that of the logits. How well it foretells what training
+gives is measured by `edge-adapt bench choice`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.func import grad, vmap
+
+from edge_adapt.adapters.bottleneck import Bottleneck
+from edge_adapt.adapters.conv import ConvAdapter
+from edge_adapt.adapters.lora import LoRA
+from edge_adapt.adapters.prompt import Prompt
+from edge_adapt.adapters.protocol import Adapter, Place, Values, places
+from edge_adapt.adapters.ssf import SSF
+from edge_adapt.adapters.vida import VidaPair
+from edge_adapt.errors import ConfigError, DataError
+from edge_adapt.tail import Ports, Tail
+
+SAMPLES = 64
+"""Frames that are looked at, at most."""
+DIRECTIONS = 10
+"""Kernels of so many directions of the logits are summed; a network with no more outputs has all of its own."""
+DRAWS = 8
+"""Without gradients: how often the parameters of a candidate are moved at random."""
+SMALL = 1e-2
+"""Standard deviation of what stands in for zeros, and of a random move."""
+COPIES = 4 * 4
+"""Bytes that a parameter takes while it is learned: itself, its gradient, and both moments of Adam."""
+MOST = 0.9
+"""Share of the sum of the eigenvalues that counts for the condition; what lies beyond is mostly noise."""
+EVERYWHERE = "all"
+Way = Literal["gradients", "forward"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter on one place of the tail, or on all that can bear it."""
+
+    name: str
+    """`<kind>-<rank>@<place>`."""
+    adapter: Adapter
+
+    def start(self, seed: int) -> dict[str, Tensor]:
+        """Its values before training; they depend on the seed and the name alone."""
+        return self.adapter.init(self.generator(seed))
+
+    def generator(self, seed: int) -> Generator:
+        """Its own random numbers."""
+        return Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
+
+    def run(self, tail: Tail, values: Values, h: Tensor, ports: Ports | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [N, K] and the head's input [N, D] with these values, for the tensor at the cut [N, ...]."""
+        weights, hooks = self.adapter.weights(values, tail.parameters), self.adapter.hooks(values)
+        return tail.with_features(self.adapter.cut(values, h), weights, ports=ports, hooks=hooks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a candidate may take; None is no bound."""
+
+    parameters: int | None = None
+    bytes: int | None = None
+    """Of one learning step: activations of `frames` frames, and the parameters with what Adam keeps of them."""
+    frames: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "bytes", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected 1 or more", remedy="leave it out for no bound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How much each term of the score counts."""
+
+    rank: float = 1.0
+    condition: float = 0.5
+    fisher: float = 0.0
+    parameters: float = 0.0
+    """lambda"""
+    bytes: float = 0.0
+    """mu"""
+
+
+WEIGHTS: dict[Way, Weights] = {"gradients": Weights(), "forward": Weights(fisher=1.0)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a candidate takes."""
+
+    parameters: int
+    bytes_per_frame: int
+    """Activations that learning keeps of one frame, as autograd holds them."""
+
+    def step_bytes(self, frames: int) -> int:
+        """Of one learning step on so many frames."""
+        return frames * self.bytes_per_frame + COPIES * self.parameters
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the score reads from a kernel. All zero: there is nothing that the candidate could learn."""
+
+    rank: float = 0.0
+    """Effective rank, 1 to N: e to the entropy of the eigenvalues as shares of their sum."""
+    condition: float = 0.0
+    """The largest eigenvalue by that at which 90 % of their sum is reached."""
+    fisher: float = 0.0
+    """Scatter between the classes that the source network answers, by the scatter within them."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of the table."""
+
+    candidate: Candidate
+    score: float
+    """Larger is better; -inf where nothing can be learned, or numbers are not finite."""
+    cost: Cost
+    spectrum: Spectrum = field(default_factory=Spectrum)
+
+
+def candidates(tail: Tail) -> tuple[Candidate, ...]:
+    """Every kind of adapter, in a few ranks, on each layer of the tail and on all of them.
+
+    SSF sits on norms and on the last layer; prompts at the cut, where that is a sequence of tokens.
+    Raises: ConfigError if the tail has no layer for an adapter.
+    """
+    layers = places(tail)
+    norms = tuple(place for place in places(tail, norms=True) if place.kind == "norm")
+    return (
+        *(made for where, chosen in _wheres(layers) for made in _on_layers(where, chosen)),
+        *(Candidate(f"ssf@{where}", SSF(chosen)) for where, chosen in _wheres((*norms, layers[-1]))),
+        *_prompts(tail),
+    )
+
+
+def choose(
+    tail: Tail,
+    h: Tensor,
+    *,
+    among: Sequence[Candidate] | None = None,
+    budget: Budget | None = None,
+    ports: Ports | None = None,
+    weights: Weights | None = None,
+    way: Way = "gradients",
+    seed: int = 0,
+) -> tuple[Scored, ...]:
+    """The candidates that fit the budget, the best first.
+
+    Args:
+        h: tensor at the cut [N, ...] of unlabelled frames; up to 64 of them are used, spread evenly.
+        among: candidates; None for all of `candidates(tail)`.
+        ports: what was in force when `h` was measured; None for identity.
+        weights: None for those of `WEIGHTS` of this way.
+        way: `gradients` takes the tangent kernel; `forward` estimates one by moving parameters at random, and
+            needs no backward pass.
+    Raises: ConfigError if nothing fits, DataError if fewer than two frames are finite.
+    """
+    budget, weights = budget or Budget(), weights or WEIGHTS[way]
+    h = _usable(h)
+    given = candidates(tail) if among is None else among
+    costs = [cost(tail, candidate, h, ports) for candidate in given]
+    fitting = _fitting(given, costs, budget)
+    with torch.no_grad():
+        labels = tail(h, ports=ports).argmax(1)
+    rows = []
+    for candidate, taken in fitting:
+        if way == "gradients":
+            kernel = tangent_kernel(tail, candidate, h, ports, seed=seed)
+        else:
+            kernel = forward_kernel(tail, candidate, h, ports, seed=seed)
+        spectrum = spectrum_of(kernel, labels)
+        rows.append(Scored(candidate, score(spectrum, taken, weights), taken, spectrum))
+    return tuple(sorted(rows, key=lambda row: (-row.score, row.cost.parameters, row.candidate.name)))
+
+
+def tangent_kernel(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None, *, seed: int = 0) -> Tensor:
+    """[N, N], J J' of the candidate's own parameters, summed over directions of the logits less their mean.
+
+    Zeros in the start values would hide all that lies before them, and are drawn from N(0, 1e-2) instead.
+    """
+    generator = candidate.generator(seed)
+    values = {
+        name: value if value.any() else SMALL * torch.randn(value.shape, generator=generator)
+        for name, value in candidate.adapter.init(generator).items()
+    }
+
+    def along(values: Values, sample: Tensor, direction: Tensor) -> Tensor:
+        logits: Tensor = candidate.run(tail, values, sample[None], ports)[0][0]
+        return logits @ direction
+
+    jacobian = vmap(grad(along), in_dims=(None, 0, None), chunk_size=32)
+    kernel = torch.zeros(len(h), len(h))
+    for direction in _directions(tail.bundle.manifest.outputs, seed):
+        rows = torch.cat([part.reshape(len(h), -1) for part in jacobian(dict(values), h, direction).values()], dim=1)
+        kernel += rows @ rows.T
+    return kernel
+
+
+def forward_kernel(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None, *, seed: int = 0) -> Tensor:
+    """[N, N], about the tangent kernel of what the head is given, from passes with parameters moved at random.
+
+    Where no linear head makes the logits, that of the logits.
+    """
+    generator = candidate.generator(seed)
+    start = candidate.adapter.init(generator)
+    kernel = torch.zeros(len(h), len(h))
+    with torch.no_grad():
+        before = _seen(*candidate.run(tail, start, h, ports))
+        for _ in range(DRAWS):
+            moved = {
+                name: value + SMALL * torch.randn(value.shape, generator=generator) for name, value in start.items()
+            }
+            rows = (_seen(*candidate.run(tail, moved, h, ports)) - before) / SMALL
+            kernel += rows @ rows.T / DRAWS
+    return kernel
+
+
+def spectrum_of(kernel: Tensor, labels: Tensor) -> Spectrum:
+    """What the score reads from a kernel [N, N], with classes [N] as the source network answers.
+
+    All zero for a kernel that is zero or not finite.
+    """
+    kernel = kernel.double()
+    if not bool(torch.isfinite(kernel).all()) or float(kernel.trace()) <= torch.finfo(torch.float32).tiny:
+        return Spectrum()
+    kernel = kernel / kernel.trace()
+    shares = torch.linalg.eigvalsh(kernel).flip(0).clamp_min(0)
+    shares = shares / shares.sum()
+    entropy = -float((shares * shares.clamp_min(1e-300).log()).sum())
+    most = min(int((shares.cumsum(0) < MOST).sum()), len(shares) - 1)
+    return Spectrum(math.exp(entropy), float(shares[0] / shares[most]), _fisher(kernel, labels))
+
+
+def score(spectrum: Spectrum, cost: Cost, weights: Weights) -> float:
+    """Larger is better; -inf where nothing can be learned."""
+    if spectrum.rank <= 0 or spectrum.condition <= 0:
+        return -math.inf
+    return (
+        weights.rank * math.log(spectrum.rank)
+        - weights.condition * math.log(spectrum.condition)
+        + weights.fisher * math.log(spectrum.fisher + 1e-12)
+        - weights.parameters * math.log(max(1, cost.parameters))
+        - weights.bytes * math.log(max(1, cost.bytes_per_frame))
+    )
+
+
+def cost(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None) -> Cost:
+    """What a candidate takes, its activations measured on a frame or two of `h`."""
+    values = {name: value.requires_grad_() for name, value in candidate.start(0).items()}
+    one, two = (_kept(tail, candidate, values, h[:count], ports) for count in (1, 2))
+    return Cost(sum(value.numel() for value in values.values()), two - one)
+
+
+def _kept(tail: Tail, candidate: Candidate, values: Values, h: Tensor, ports: Ports | None) -> int:
+    """Bytes that autograd holds between forward and backward."""
+    storages: dict[int, int] = {}
+
+    def pack(kept: Tensor) -> Tensor:
+        storage = kept.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return kept
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        alive = candidate.run(tail, values, h, ports)  # until the end, so that no address is given twice
+        del alive
+    return sum(storages.values())
+
+
+def _usable(h: Tensor) -> Tensor:
+    """Up to `SAMPLES` finite frames, spread evenly over those given."""
+    finite = h[torch.isfinite(h).flatten(1).all(1)] if len(h) else h
+    if len(finite) < 2:
+        raise DataError(
+            f"{len(finite)} of {len(h)} frames at the cut are finite, expected 2 or more",
+            remedy=f"give {SAMPLES} frames of the domain that the adapter is for",
+        )
+    count = min(SAMPLES, len(finite))
+    return finite[torch.linspace(0, len(finite) - 1, count).round().long()].detach()
+
+
+def _fitting(given: Sequence[Candidate], costs: Sequence[Cost], budget: Budget) -> list[tuple[Candidate, Cost]]:
+    """Raises: ConfigError that names the smallest candidate, if none fits."""
+
+    def over(taken: Cost) -> bool:
+        return (budget.parameters is not None and taken.parameters > budget.parameters) or (
+            budget.bytes is not None and taken.step_bytes(budget.frames) > budget.bytes
+        )
+
+    pairs = list(zip(given, costs, strict=True))
+    if not pairs:
+        raise ConfigError("there is no candidate to choose from", remedy="give none for all that the tail bears")
+    found = [(candidate, taken) for candidate, taken in pairs if not over(taken)]
+    if found:
+        return found
+    candidate, taken = min(pairs, key=lambda pair: (pair[1].step_bytes(budget.frames), pair[1].parameters))
+    raise ConfigError(
+        f"no adapter fits {_bound(budget.parameters)} parameters and {_bound(budget.bytes)} bytes in a step on "
+        f"{budget.frames} frames; the smallest, {candidate.name}, has {taken.parameters} parameters and takes "
+        f"{taken.step_bytes(budget.frames)} bytes",
+        remedy="allow more, learn from fewer frames at a time, or use a method without gradients, such as moments",
+    )
+
+
+def _bound(value: int | None) -> str:
+    return "any number of" if value is None else str(value)
+
+
+def _wheres(chosen: tuple[Place, ...]) -> Iterator[tuple[str, tuple[Place, ...]]]:
+    """Each place alone, and all together."""
+    yield from ((place.name, (place,)) for place in chosen)
+    if len(chosen) > 1:
+        yield EVERYWHERE, chosen
+
+
+def _on_layers(where: str, chosen: tuple[Place, ...]) -> Iterator[Candidate]:
+    """All kinds that sit on layers, for one choice of places."""
+    for rank in (4, 16):
+        yield Candidate(f"lora-{rank}@{where}", LoRA(chosen, rank=rank))
+    for rank in (4, 8, 16):
+        yield Candidate(f"bottleneck-{rank}@{where}", Bottleneck(chosen, rank=rank))
+    convolutions = tuple(place for place in chosen if place.kind == "conv")
+    for rank in (4, 16) if convolutions else ():
+        yield Candidate(f"conv-{rank}@{where}", ConvAdapter(convolutions, rank=rank))
+    yield Candidate(f"vida-64@{where}", VidaPair(chosen, low=1, high=64))
+
+
+def _prompts(tail: Tail) -> Iterator[Candidate]:
+    """Where the cut is a sequence of tokens."""
+    manifest = tail.bundle.manifest
+    if manifest.prompts is not None and manifest.cut.shape[-1:] == (manifest.prompts,):
+        for count in (4, 8):
+            yield Candidate(f"prompt-{count}@cut", Prompt.at(tail, count=count))
+
+
+def _directions(outputs: int, seed: int) -> Tensor:
+    """[D, K]: directions of the logits without their mean, which no class notices.
+
+    All there are if `DIRECTIONS` suffices, else that many drawn at random.
+    """
+    if outputs <= DIRECTIONS:
+        every = torch.eye(outputs)
+    else:
+        every = torch.randn(DIRECTIONS, outputs, generator=Generator().manual_seed(seed))
+    return every - every.mean(1, keepdim=True)
+
+
+def _seen(logits: Tensor, features: Tensor) -> Tensor:
+    """[N, D], what the head is given, or the logits less their mean where there is none."""
+    return features if features.shape[1] else logits - logits.mean(1, keepdim=True)
+
+
+def _fisher(kernel: Tensor, labels: Tensor) -> float:
+    """Scatter between classes by scatter within, of points whose inner products are the kernel [N, N]."""
+    member = torch.nn.functional.one_hot(labels).to(kernel)
+    member = member[:, member.sum(0) > 0]
+    centres = float((member.T @ kernel * (member / member.sum(0)).T).sum())
+    between, within = centres - float(kernel.sum()) / len(kernel), float(kernel.trace()) - centres
+    return max(between, 0.0) / max(within, 1e-12)
