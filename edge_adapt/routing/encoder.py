@@ -115,7 +115,7 @@ class Encoder:
     def stacked(self) -> Array:
         """[2 * chosen channels, width], all projections as one: rows of the means, then those of the deviations."""
         halves = [projection.reshape(2, -1, self.width) for projection in self.projections]
-        made: Array = np.concatenate(halves, axis=1).reshape(-1, self.width)
+        made: Array = np.ascontiguousarray(np.concatenate(halves, axis=1).reshape(-1, self.width))
         return made
 
     @cached_property
