@@ -28,7 +28,7 @@ from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.optim import AdamState, adam, gradients_of, leaves
 from edge_adapt.methods.protocol import Context
 from edge_adapt.preprocess import Preprocess
-from edge_adapt.routing.choice import Candidate, Scored, candidates, choose
+from edge_adapt.routing.choice import SPECTRUM, Candidate, Scored, candidates, choose, score
 from edge_adapt.runtime.loop import adapt
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.streams.data import Dataset
@@ -171,8 +171,9 @@ def _compared(
         progress(domain.name, number + 1, len(among))
     orders: dict[str, dict[str, float]] = {
         **{way: {name: row.score for name, row in rows.items()} for way, rows in scores.items()},
-        "fewest parameters": {name: -row.cost.parameters for name, row in scores["forward"].items()},
-        "fewest bytes": {name: -row.cost.bytes_per_frame for name, row in scores["forward"].items()},
+        "spectrum alone": {n: score(row.measured, row.cost, SPECTRUM) for n, row in scores["gradients"].items()},
+        "most parameters": {name: row.cost.parameters for name, row in scores["forward"].items()},
+        "most bytes": {name: row.cost.bytes_per_frame for name, row in scores["forward"].items()},
     }
     return {
         "name": domain.name,
@@ -206,7 +207,7 @@ def _row(name: str, trained: Mapping[str, float], scores: Mapping[str, Mapping[s
         "bytes_per_frame": taken.bytes_per_frame,
         "accuracy": trained[name],
         **{way: _finite(rows[name].score) for way, rows in scores.items()},
-        "spectra": {way: asdict(rows[name].spectrum) for way, rows in scores.items()},
+        "measured": {way: asdict(rows[name].measured) for way, rows in scores.items()},
     }
 
 
@@ -217,7 +218,7 @@ def _trained(tail: Tail, domain: Domain, candidate: Candidate, rate: float, plan
     for _ in range(plan.steps):
         rows = torch.randperm(len(domain.train), generator=order)[: plan.batch_size]
         moving = leaves(values)
-        logits = candidate.run(tail, moving, domain.train[rows], domain.ports)[0]
+        logits = candidate.run(tail, moving, domain.train[rows], domain.ports)
         loss = torch.nn.functional.cross_entropy(logits, domain.train_labels[rows])
         values, state = adam(values, gradients_of(loss, moving), state, lr=rate)
     return _accuracy(tail, domain, candidate, values)
@@ -228,7 +229,7 @@ def _accuracy(tail: Tail, domain: Domain, candidate: Candidate, values: Mapping[
     right = 0
     with torch.no_grad():
         for at in range(0, len(domain.test), CHUNK):
-            logits = candidate.run(tail, values, domain.test[at : at + CHUNK], domain.ports)[0]
+            logits = candidate.run(tail, values, domain.test[at : at + CHUNK], domain.ports)
             right += int((logits.argmax(1) == domain.test_labels[at : at + CHUNK]).sum())
     return round(100 * right / len(domain.test), 2)
 

@@ -14,6 +14,7 @@ The estimate is a beta distribution: what was fitted at export is worth a number
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,7 @@ class Signals:
             return state
         if not all(np.isfinite(part).all() for part in (logits, features, () if source is None else source)):
             raise DataError("answers or features are not finite", remedy="leave such frames out of the estimate")
-        fading = np.exp(-len(logits) / LABEL_MEMORY)
+        fading = exp(-len(logits) / LABEL_MEMORY)
         state = replace(state, right=state.right * fading, labelled=state.labelled * fading)
         if state.current.count >= MEMORY // 2:
             state = replace(state, last=state.current, current=self.nothing)

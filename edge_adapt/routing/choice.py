@@ -1,13 +1,14 @@
 """Which adapter, and where: a score for every candidate from a few unlabelled frames, before any of them is trained.
 
-The score is the project's own, after the idea of choosing networks by the spectrum of their tangent kernel (Chen et
-al., "Neural Architecture Search on ImageNet in Four GPU Hours", ICLR 2021): with K = J J' the kernel of a candidate's
-own parameters at the start,
+With K = J J' the tangent kernel of a candidate's own parameters at the start, after the idea of choosing networks by
+its spectrum (Chen et al., "Neural Architecture Search on ImageNet in Four GPU Hours", ICLR 2021), a score is a sum of
+logarithms, each with a weight: of the effective rank of K, its condition, the candidate's parameters and activations,
+and its reach, which is the sum of the absolute values of J' v for random v: how far one step of Adam, which moves every
+parameter alike, takes the logits.
 
-    score = log erank(K) - 1/2 log condition(K) - lambda log parameters - mu log bytes of activations
-
-It does not change with the scale of K, and so neither with that of the logits. How well it foretells what training
-gives is measured by `edge-adapt bench choice`.
+The spectrum alone, as it is used to choose whole networks, does not foretell what training an adapter gives; reach
+and the number of parameters do (`edge-adapt bench choice`). Cost is therefore a matter of the budget, not of the
+score. The order does not change with the scale of the logits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from edge_adapt.adapters.protocol import Adapter, Place, Values, places
 from edge_adapt.adapters.ssf import SSF
 from edge_adapt.adapters.vida import VidaPair
 from edge_adapt.errors import ConfigError, DataError
+from edge_adapt.methods.optim import leaves
 from edge_adapt.tail import Ports, Tail
 
 SAMPLES = 64
@@ -37,11 +39,12 @@ SAMPLES = 64
 DIRECTIONS = 10
 """Kernels of so many directions of the logits are summed; a network with no more outputs has all of its own."""
 DRAWS = 8
-"""Without gradients: how often the parameters of a candidate are moved at random."""
+"""Random directions for the reach, and random moves of the parameters of a candidate where there are no gradients."""
 SMALL = 1e-2
 """Standard deviation of what stands in for zeros, and of a random move."""
 COPIES = 4 * 4
 """Bytes that a parameter takes while it is learned: itself, its gradient, and both moments of Adam."""
+TINY = 1e-12
 MOST = 0.9
 """Share of the sum of the eigenvalues that counts for the condition; what lies beyond is mostly noise."""
 EVERYWHERE = "all"
@@ -64,10 +67,18 @@ class Candidate:
         """Its own random numbers."""
         return Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
 
-    def run(self, tail: Tail, values: Values, h: Tensor, ports: Ports | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [N, K] and the head's input [N, D] with these values, for the tensor at the cut [N, ...]."""
+    def stirred(self, seed: int) -> dict[str, Tensor]:
+        """The same with N(0, 1e-2) in place of zeros, which would hide all that lies before them."""
+        generator = self.generator(seed)
+        return {
+            name: value if value.any() else SMALL * torch.randn(value.shape, generator=generator)
+            for name, value in self.adapter.init(generator).items()
+        }
+
+    def run(self, tail: Tail, values: Values, h: Tensor, ports: Ports | None = None) -> Tensor:
+        """Logits [N, K] with these values, for the tensor at the cut [N, ...]."""
         weights, hooks = self.adapter.weights(values, tail.parameters), self.adapter.hooks(values)
-        return tail.with_features(self.adapter.cut(values, h), weights, ports=ports, hooks=hooks)
+        return tail(self.adapter.cut(values, h), weights, ports=ports, hooks=hooks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +99,23 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """How much each term of the score counts."""
+    """How much the logarithm of each number counts."""
 
-    rank: float = 1.0
-    condition: float = 0.5
+    rank: float = 0.0
+    condition: float = 0.0
     fisher: float = 0.0
+    reach: float = 0.0
     parameters: float = 0.0
-    """lambda"""
     bytes: float = 0.0
-    """mu"""
 
 
-WEIGHTS: dict[Way, Weights] = {"gradients": Weights(), "forward": Weights(fisher=1.0)}
+WEIGHTS: dict[Way, Weights] = {
+    "gradients": Weights(rank=0.5, reach=1.0, parameters=1.0),
+    "forward": Weights(rank=0.5, parameters=1.0),
+}
+"""Fitted on two corruptions with ResNet-20, and judged on a third."""
+SPECTRUM = Weights(rank=1.0, condition=-0.5)
+"""The spectrum alone, to compare with."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +132,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """What the score reads from a kernel. All zero: there is nothing that the candidate could learn."""
+class Measured:
+    """What the score knows of a candidate. All zero: there is nothing that it could learn."""
 
     rank: float = 0.0
     """Effective rank, 1 to N: e to the entropy of the eigenvalues as shares of their sum."""
@@ -125,6 +141,8 @@ class Spectrum:
     """The largest eigenvalue by that at which 90 % of their sum is reached."""
     fisher: float = 0.0
     """Scatter between the classes that the source network answers, by the scatter within them."""
+    reach: float = 0.0
+    """How far a small step takes the logits. With gradients: one that moves every parameter alike, as Adam does."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ class Scored:
     score: float
     """Larger is better; -inf where nothing can be learned, or numbers are not finite."""
     cost: Cost
-    spectrum: Spectrum = field(default_factory=Spectrum)
+    measured: Measured = field(default_factory=Measured)
 
 
 def candidates(tail: Tail) -> tuple[Candidate, ...]:
@@ -182,86 +200,104 @@ def choose(
     fitting = _fitting(given, costs, budget)
     with torch.no_grad():
         labels = tail(h, ports=ports).argmax(1)
+    measure = _by_gradients if way == "gradients" else _by_moves
     rows = []
     for candidate, taken in fitting:
-        if way == "gradients":
-            kernel = tangent_kernel(tail, candidate, h, ports, seed=seed)
-        else:
-            kernel = forward_kernel(tail, candidate, h, ports, seed=seed)
-        spectrum = spectrum_of(kernel, labels)
-        rows.append(Scored(candidate, score(spectrum, taken, weights), taken, spectrum))
+        measured = measure(tail, candidate, h, ports, labels, seed)
+        rows.append(Scored(candidate, score(measured, taken, weights), taken, measured))
     return tuple(sorted(rows, key=lambda row: (-row.score, row.cost.parameters, row.candidate.name)))
 
 
 def tangent_kernel(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None, *, seed: int = 0) -> Tensor:
-    """[N, N], J J' of the candidate's own parameters, summed over directions of the logits less their mean.
-
-    Zeros in the start values would hide all that lies before them, and are drawn from N(0, 1e-2) instead.
-    """
-    generator = candidate.generator(seed)
-    values = {
-        name: value if value.any() else SMALL * torch.randn(value.shape, generator=generator)
-        for name, value in candidate.adapter.init(generator).items()
-    }
+    """[N, N], J J' of the candidate's own parameters, summed over directions of the logits less their mean."""
 
     def along(values: Values, sample: Tensor, direction: Tensor) -> Tensor:
-        logits: Tensor = candidate.run(tail, values, sample[None], ports)[0][0]
+        logits = candidate.run(tail, values, sample[None], ports)[0]
         return logits @ direction
 
+    values = candidate.stirred(seed)
     jacobian = vmap(grad(along), in_dims=(None, 0, None), chunk_size=32)
     kernel = torch.zeros(len(h), len(h))
     for direction in _directions(tail.bundle.manifest.outputs, seed):
-        rows = torch.cat([part.reshape(len(h), -1) for part in jacobian(dict(values), h, direction).values()], dim=1)
+        rows = torch.cat([part.reshape(len(h), -1) for part in jacobian(values, h, direction).values()], dim=1)
         kernel += rows @ rows.T
     return kernel
 
 
-def forward_kernel(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None, *, seed: int = 0) -> Tensor:
-    """[N, N], about the tangent kernel of what the head is given, from passes with parameters moved at random.
+def reach(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None, *, seed: int = 0) -> float:
+    """Sum of absolute values of J' v, averaged over random v, one direction of the logits for each frame."""
+    values = leaves(candidate.stirred(seed))
+    generator = Generator().manual_seed(seed)
+    with torch.enable_grad():
+        logits = candidate.run(tail, values, h, ports)
+        drawn = torch.randn(DRAWS, *logits.shape, generator=generator)
+        drawn = (drawn - drawn.mean(2, keepdim=True)) / len(h)
+        total = 0.0
+        for direction in drawn:
+            found = torch.autograd.grad(logits, list(values.values()), direction, retain_graph=True)
+            total += sum(float(part.abs().sum()) for part in found)
+    return total / DRAWS
 
-    Where no linear head makes the logits, that of the logits.
-    """
+
+def forward_kernel(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None, *, seed: int = 0) -> Tensor:
+    """[N, N], about the tangent kernel, from passes with parameters moved at random and no backward pass."""
     generator = candidate.generator(seed)
     start = candidate.adapter.init(generator)
     kernel = torch.zeros(len(h), len(h))
     with torch.no_grad():
-        before = _seen(*candidate.run(tail, start, h, ports))
+        before = candidate.run(tail, start, h, ports)
         for _ in range(DRAWS):
             moved = {
                 name: value + SMALL * torch.randn(value.shape, generator=generator) for name, value in start.items()
             }
-            rows = (_seen(*candidate.run(tail, moved, h, ports)) - before) / SMALL
+            rows = (candidate.run(tail, moved, h, ports) - before) / SMALL
+            rows = rows - rows.mean(1, keepdim=True)
             kernel += rows @ rows.T / DRAWS
     return kernel
 
 
-def spectrum_of(kernel: Tensor, labels: Tensor) -> Spectrum:
+def _by_gradients(
+    tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None, labels: Tensor, seed: int
+) -> Measured:
+    found = spectrum_of(tangent_kernel(tail, candidate, h, ports, seed=seed), labels)
+    return replace(found, reach=reach(tail, candidate, h, ports, seed=seed)) if found.rank else found
+
+
+def _by_moves(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None, labels: Tensor, seed: int) -> Measured:
+    kernel = forward_kernel(tail, candidate, h, ports, seed=seed)
+    found = spectrum_of(kernel, labels)
+    return replace(found, reach=math.sqrt(float(kernel.trace()))) if found.rank else found
+
+
+def spectrum_of(kernel: Tensor, labels: Tensor) -> Measured:
     """What the score reads from a kernel [N, N], with classes [N] as the source network answers.
 
     All zero for a kernel that is zero or not finite.
     """
     kernel = kernel.double()
     if not bool(torch.isfinite(kernel).all()) or float(kernel.trace()) <= torch.finfo(torch.float32).tiny:
-        return Spectrum()
+        return Measured()
     kernel = kernel / kernel.trace()
     shares = torch.linalg.eigvalsh(kernel).flip(0).clamp_min(0)
     shares = shares / shares.sum()
     entropy = -float((shares * shares.clamp_min(1e-300).log()).sum())
     most = min(int((shares.cumsum(0) < MOST).sum()), len(shares) - 1)
-    return Spectrum(math.exp(entropy), float(shares[0] / shares[most]), _fisher(kernel, labels))
+    return Measured(math.exp(entropy), float(shares[0] / shares[most]), _fisher(kernel, labels))
 
 
-def score(spectrum: Spectrum, cost: Cost, weights: Weights) -> float:
-    """Larger is better; -inf where nothing can be learned."""
-    if spectrum.rank <= 0 or spectrum.condition <= 0:
-        return -math.inf
-    return (
-        weights.rank * math.log(spectrum.rank)
-        - weights.condition * math.log(spectrum.condition)
-        + weights.fisher * math.log(spectrum.fisher + 1e-12)
-        - weights.parameters * math.log(max(1, cost.parameters))
-        - weights.bytes * math.log(max(1, cost.bytes_per_frame))
+def score(measured: Measured, cost: Cost, weights: Weights) -> float:
+    """Larger is better; -inf where nothing can be learned, or a number is not finite."""
+    numbers = (
+        (weights.rank, measured.rank),
+        (weights.condition, measured.condition),
+        (weights.fisher, measured.fisher + TINY),
+        (weights.reach, measured.reach),
+        (weights.parameters, max(1, cost.parameters)),
+        (weights.bytes, max(1, cost.bytes_per_frame)),
     )
+    if not all(math.isfinite(number) and number > 0 for _, number in numbers):
+        return -math.inf
+    return sum(weight * math.log(number) for weight, number in numbers)
 
 
 def cost(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None) -> Cost:
@@ -364,15 +400,10 @@ def _directions(outputs: int, seed: int) -> Tensor:
     return every - every.mean(1, keepdim=True)
 
 
-def _seen(logits: Tensor, features: Tensor) -> Tensor:
-    """[N, D], what the head is given, or the logits less their mean where there is none."""
-    return features if features.shape[1] else logits - logits.mean(1, keepdim=True)
-
-
 def _fisher(kernel: Tensor, labels: Tensor) -> float:
     """Scatter between classes by scatter within, of points whose inner products are the kernel [N, N]."""
     member = torch.nn.functional.one_hot(labels).to(kernel)
     member = member[:, member.sum(0) > 0]
     centres = float((member.T @ kernel * (member / member.sum(0)).T).sum())
     between, within = centres - float(kernel.sum()) / len(kernel), float(kernel.trace()) - centres
-    return max(between, 0.0) / max(within, 1e-12)
+    return max(between, 0.0) / max(within, TINY)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import COLLAPSES, accuracy, collapsed, print_accuracy
-from conftest import tiny_images
 from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.monitor.accuracy import MEMORY, WEIGHTS, WORTH
 from edge_adapt.streams.data import Dataset
@@ -22,8 +21,9 @@ def bundle(device_bundle):
 
 
 @pytest.fixture(scope="module")
-def data() -> Dataset:
-    return Dataset("tiny", tiny_images(MEMORY + 40), np.arange(MEMORY + 40) % 5)
+def data(tiny_data) -> Dataset:
+    images = np.concatenate([tiny_data.images, tiny_data.images[:, ::-1], tiny_data.images[:40, :, ::-1]])
+    return Dataset("tiny", images, np.arange(len(images)) % 5)
 
 
 def test_every_shift_and_method_has_its_windows(bundle, data):
@@ -57,5 +57,6 @@ def test_a_bundle_without_entries_is_refused(device_bundle, data):
 
 @pytest.mark.parametrize("kind", COLLAPSES)
 def test_a_collapse_leaves_one_class(kind):
-    logits = np.random.default_rng(0).normal(0, 1, (200, 5))
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1, (200, 5)) + 6 * np.eye(5)[rng.integers(0, 5, 200)]
     assert np.bincount(collapsed(logits, kind).argmax(axis=1), minlength=5)[0] > 180

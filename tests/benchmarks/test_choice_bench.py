@@ -25,13 +25,13 @@ def test_every_candidate_is_scored_and_trained_on_every_corruption(results):
     assert [domain["name"] for domain in results["domains"]] == ["contrast", "fog"]
     for domain in results["domains"]:
         assert len(domain["candidates"]) == 3
-        assert set(domain["ways"]) == {"gradients", "forward", "fewest parameters", "fewest bytes"}
+        assert set(domain["ways"]) == {"gradients", "forward", "spectrum alone", "most parameters", "most bytes"}
         trained = [row["accuracy"] for row in domain["candidates"]]
         for way in domain["ways"].values():
             assert way["best"] == max(trained)
             assert way["accuracy"] in trained
     text = table(results)
-    assert text.count("fewest bytes") == 2
+    assert text.count("most bytes") == 2
 
 
 def test_the_same_plan_gives_the_same_figures(device_bundle, tiny_data, results):

@@ -6,20 +6,30 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from conftest import TINY_INPUT, tiny_images
 from edge_adapt.bundle import Bundle
+from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.monitor.accuracy import WEIGHTS, WORTH, Accuracy, bounds, offered
-from edge_adapt.preprocess import Preprocess
 from exporters import accuracy
 from exporters.accuracy import RARE, USUAL, Cases, fitted, regression
-from exporters.export import export, from_module
+from exporters.export import Model, export, from_module
 
 
 @pytest.fixture(scope="module")
-def fitted_bundle(tiny_net, tmp_path_factory) -> Bundle:
-    model = from_module(tiny_net, "tiny", TINY_INPUT)
-    folder = tmp_path_factory.mktemp("fitted") / "b"
-    return Bundle.load(export(model, folder, calibration=tiny_images(accuracy.ENOUGH), cut="block"))
+def images(tiny_data) -> np.ndarray:
+    """As few as are enough."""
+    made = np.concatenate([tiny_data.images, tiny_data.images[:, ::-1]])
+    assert len(made) == accuracy.ENOUGH
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tiny_net, device_bundle) -> Model:
+    return from_module(tiny_net, "tiny", device_bundle.manifest.input)
+
+
+@pytest.fixture(scope="module")
+def fitted_bundle(model, images, tmp_path_factory) -> Bundle:
+    return Bundle.load(export(model, tmp_path_factory.mktemp("fitted") / "b", calibration=images, cut="block"))
 
 
 def made(seed: int = 0, noise: float = 0.0) -> Cases:
@@ -58,14 +68,11 @@ def test_intervals_hold_the_truth_of_domains_that_were_never_fitted_to():
     assert ((low <= other.accuracy) & (other.accuracy <= high))[usual].mean() >= 0.8
 
 
-def test_export_stores_it_and_the_device_can_use_it(fitted_bundle):
+def test_export_stores_it_and_the_device_can_use_it(fitted_bundle, tiny_frames):
     estimator = Accuracy(fitted_bundle)
-    frames = Preprocess(TINY_INPUT)(tiny_images(128))
-    from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
-
     engine = OnnxRuntimeEngine(fitted_bundle)
     try:
-        seen = engine.observe(frames, features=True, taps=False)
+        seen = engine.observe(tiny_frames, features=True, taps=False)
     finally:
         engine.close()
     found = estimator.estimate(estimator.after(estimator.init(), seen.logits, seen.features, seen.logits))
@@ -73,9 +80,8 @@ def test_export_stores_it_and_the_device_can_use_it(fitted_bundle):
     assert found.high > 0.9
 
 
-def test_the_same_frames_give_the_same_entries(fitted_bundle, tiny_net, tmp_path):
-    model = from_module(tiny_net, "tiny", TINY_INPUT)
-    again = Bundle.load(export(model, tmp_path / "b", calibration=tiny_images(accuracy.ENOUGH), cut="block"))
+def test_the_same_frames_give_the_same_entries(fitted_bundle, model, images, tmp_path):
+    again = Bundle.load(export(model, tmp_path / "b", calibration=images, cut="block"))
     for name in (WEIGHTS, WORTH):
         assert (again.source[name] == fitted_bundle.source[name]).all()
 

@@ -19,8 +19,8 @@ from edge_adapt.routing.choice import (
     Budget,
     Candidate,
     Cost,
+    Measured,
     Scored,
-    Spectrum,
     Weights,
     candidates,
     choose,
@@ -86,7 +86,7 @@ def test_every_candidate_has_a_name_of_its_own_and_answers_like_source_at_the_st
     assert len({candidate.name for candidate in every}) == len(every)
     expected = tail(h)
     for candidate in every:
-        torch.testing.assert_close(candidate.run(tail, candidate.start(0), h)[0], expected)
+        torch.testing.assert_close(candidate.run(tail, candidate.start(0), h), expected)
 
 
 def test_places_that_share_nothing_bear_no_low_rank(tail):
@@ -205,8 +205,8 @@ def test_the_kernel_is_that_of_finite_differences(tail, h):
         for index in range(value.numel()):
             step = torch.zeros_like(value)
             step.view(-1)[index] = 1.0
-            moved = candidate.run(tail, {**start, name: value + step}, samples)[0]
-            columns.append(moved - candidate.run(tail, start, samples)[0])
+            moved = candidate.run(tail, {**start, name: value + step}, samples)
+            columns.append(moved - candidate.run(tail, start, samples))
     changes = torch.stack(columns, 2)  # [N, K, P]
     changes = changes - changes.mean(1, keepdim=True)
     expected = torch.einsum("nkp,mkp->nm", changes, changes)
@@ -241,9 +241,9 @@ def test_rank_and_condition_of_kernels_that_are_known():
 
 @pytest.mark.parametrize("name", ["parameters", "bytes"])
 def test_what_costs_more_scores_less(name):
-    spectrum, weights = Spectrum(8.0, 4.0, 0.5), replace(Weights(), **{name: 0.3})
+    measured, weights = Measured(8.0, 4.0, 0.5, 2.0), replace(Weights(), **{name: -0.3})
     small, large = Cost(100, 1000), Cost(**{"parameters": 100, "bytes_per_frame": 1000, **_larger(name)})
-    assert score(spectrum, small, weights) - score(spectrum, large, weights) == pytest.approx(0.3 * math.log(2))
+    assert score(measured, small, weights) - score(measured, large, weights) == pytest.approx(0.3 * math.log(2))
 
 
 def _larger(name: str) -> dict[str, int]:
@@ -279,7 +279,7 @@ def test_too_few_frames_are_refused(tail, h, count):
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_frames_give_a_table_all_the_same(tail, h, few, way):
     rows = choose(tail, h[:1].expand(8, *h.shape[1:]), among=few, way=way)
-    assert all(row.spectrum.rank == pytest.approx(1, abs=1e-3) for row in rows)
+    assert all(row.measured.rank == pytest.approx(1, abs=1e-3) for row in rows)
     assert not any(math.isnan(row.score) for row in rows)
 
 
