@@ -28,7 +28,8 @@ from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.optim import AdamState, adam, gradients_of, leaves
 from edge_adapt.methods.protocol import Context
 from edge_adapt.preprocess import Preprocess
-from edge_adapt.routing.choice import SPECTRUM, Candidate, Scored, candidates, choose, score
+from edge_adapt.routing.candidates import Candidate, candidates
+from edge_adapt.routing.choice import SPECTRUM, Scored, choose, score
 from edge_adapt.runtime.loop import adapt
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.streams.data import Dataset

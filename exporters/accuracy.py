@@ -33,6 +33,7 @@ Progress = Callable[[int, int], None]
 ENOUGH = 256
 """Calibration frames below which nothing is fitted."""
 DOMAINS, FRAMES, BATCH = 40, 128, 64
+"""Domains, frames of each, frames in a pass."""
 SEED = 0
 RECIPES = ((1, 3.0, 3, 1), (1, 10.0, 3, 1), (3, 10.0, 1, 1), (4, 10.0, 1, 2), (2, 10.0, 3, 3))
 """(share of the domains, severity, width, times) of AugMix; two domains more are plain."""

@@ -14,8 +14,7 @@ score. The order does not change with the scale of the logits.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -23,15 +22,10 @@ import torch
 from torch import Generator, Tensor
 from torch.func import grad, vmap
 
-from edge_adapt.adapters.bottleneck import Bottleneck
-from edge_adapt.adapters.conv import ConvAdapter
-from edge_adapt.adapters.lora import LoRA
-from edge_adapt.adapters.prompt import Prompt
-from edge_adapt.adapters.protocol import Adapter, Place, Values, places
-from edge_adapt.adapters.ssf import SSF
-from edge_adapt.adapters.vida import VidaPair
+from edge_adapt.adapters.protocol import Values
 from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.methods.optim import leaves
+from edge_adapt.routing.candidates import SMALL, Candidate, Cost, candidates, cost
 from edge_adapt.tail import Ports, Tail
 
 SAMPLES = 64
@@ -40,45 +34,10 @@ DIRECTIONS = 10
 """Kernels of so many directions of the logits are summed; a network with no more outputs has all of its own."""
 DRAWS = 8
 """Random directions for the reach, and random moves of the parameters of a candidate where there are no gradients."""
-SMALL = 1e-2
-"""Standard deviation of what stands in for zeros, and of a random move."""
-COPIES = 4 * 4
-"""Bytes that a parameter takes while it is learned: itself, its gradient, and both moments of Adam."""
 TINY = 1e-12
 MOST = 0.9
 """Share of the sum of the eigenvalues that counts for the condition; what lies beyond is mostly noise."""
-EVERYWHERE = "all"
 Way = Literal["gradients", "forward"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An adapter on one place of the tail, or on all that can bear it."""
-
-    name: str
-    """`<kind>-<rank>@<place>`."""
-    adapter: Adapter
-
-    def start(self, seed: int) -> dict[str, Tensor]:
-        """Its values before training; they depend on the seed and the name alone."""
-        return self.adapter.init(self.generator(seed))
-
-    def generator(self, seed: int) -> Generator:
-        """Its own random numbers."""
-        return Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
-
-    def stirred(self, seed: int) -> dict[str, Tensor]:
-        """The same with N(0, 1e-2) in place of zeros, which would hide all that lies before them."""
-        generator = self.generator(seed)
-        return {
-            name: value if value.any() else SMALL * torch.randn(value.shape, generator=generator)
-            for name, value in self.adapter.init(generator).items()
-        }
-
-    def run(self, tail: Tail, values: Values, h: Tensor, ports: Ports | None = None) -> Tensor:
-        """Logits [N, K] with these values, for the tensor at the cut [N, ...]."""
-        weights, hooks = self.adapter.weights(values, tail.parameters), self.adapter.hooks(values)
-        return tail(self.adapter.cut(values, h), weights, ports=ports, hooks=hooks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +72,9 @@ WEIGHTS: dict[Way, Weights] = {
     "gradients": Weights(rank=0.5, reach=1.0, parameters=1.0),
     "forward": Weights(rank=0.5, parameters=1.0),
 }
-"""Fitted on two corruptions with ResNet-20, and judged on a third."""
+"""`gradients`: fitted on two corruptions with ResNet-20, judged on a third; `forward` takes over what it can."""
 SPECTRUM = Weights(rank=1.0, condition=-0.5)
 """The spectrum alone, to compare with."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a candidate takes."""
-
-    parameters: int
-    bytes_per_frame: int
-    """Activations that learning keeps of one frame, as autograd holds them."""
-
-    def step_bytes(self, frames: int) -> int:
-        """Of one learning step on so many frames."""
-        return frames * self.bytes_per_frame + COPIES * self.parameters
 
 
 @dataclass(frozen=True)
@@ -154,21 +100,6 @@ class Scored:
     """Larger is better; -inf where nothing can be learned, or numbers are not finite."""
     cost: Cost
     measured: Measured = field(default_factory=Measured)
-
-
-def candidates(tail: Tail) -> tuple[Candidate, ...]:
-    """Every kind of adapter, in a few ranks, on each layer of the tail and on all of them.
-
-    SSF sits on norms and on the last layer; prompts at the cut, where that is a sequence of tokens.
-    Raises: ConfigError if the tail has no layer for an adapter.
-    """
-    layers = places(tail)
-    norms = tuple(place for place in places(tail, norms=True) if place.kind == "norm")
-    return (
-        *(made for where, chosen in _wheres(layers) for made in _on_layers(where, chosen)),
-        *(Candidate(f"ssf@{where}", SSF(chosen)) for where, chosen in _wheres((*norms, layers[-1]))),
-        *_prompts(tail),
-    )
 
 
 def choose(
@@ -234,8 +165,8 @@ def reach(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = Non
         drawn = (drawn - drawn.mean(2, keepdim=True)) / len(h)
         total = 0.0
         for direction in drawn:
-            found = torch.autograd.grad(logits, list(values.values()), direction, retain_graph=True)
-            total += sum(float(part.abs().sum()) for part in found)
+            found = torch.autograd.grad(logits, list(values.values()), direction, retain_graph=True, allow_unused=True)
+            total += sum(float(part.abs().sum()) for part in found if part is not None)
     return total / DRAWS
 
 
@@ -300,28 +231,6 @@ def score(measured: Measured, cost: Cost, weights: Weights) -> float:
     return sum(weight * math.log(number) for weight, number in numbers)
 
 
-def cost(tail: Tail, candidate: Candidate, h: Tensor, ports: Ports | None = None) -> Cost:
-    """What a candidate takes, its activations measured on a frame or two of `h`."""
-    values = {name: value.requires_grad_() for name, value in candidate.start(0).items()}
-    one, two = (_kept(tail, candidate, values, h[:count], ports) for count in (1, 2))
-    return Cost(sum(value.numel() for value in values.values()), two - one)
-
-
-def _kept(tail: Tail, candidate: Candidate, values: Values, h: Tensor, ports: Ports | None) -> int:
-    """Bytes that autograd holds between forward and backward."""
-    storages: dict[int, int] = {}
-
-    def pack(kept: Tensor) -> Tensor:
-        storage = kept.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return kept
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        alive = candidate.run(tail, values, h, ports)  # until the end, so that no address is given twice
-        del alive
-    return sum(storages.values())
-
-
 def _usable(h: Tensor) -> Tensor:
     """Up to `SAMPLES` finite frames, spread evenly over those given."""
     finite = h[torch.isfinite(h).flatten(1).all(1)] if len(h) else h
@@ -359,33 +268,6 @@ def _fitting(given: Sequence[Candidate], costs: Sequence[Cost], budget: Budget) 
 
 def _bound(value: int | None) -> str:
     return "any number of" if value is None else str(value)
-
-
-def _wheres(chosen: tuple[Place, ...]) -> Iterator[tuple[str, tuple[Place, ...]]]:
-    """Each place alone, and all together."""
-    yield from ((place.name, (place,)) for place in chosen)
-    if len(chosen) > 1:
-        yield EVERYWHERE, chosen
-
-
-def _on_layers(where: str, chosen: tuple[Place, ...]) -> Iterator[Candidate]:
-    """All kinds that sit on layers, for one choice of places."""
-    for rank in (4, 16):
-        yield Candidate(f"lora-{rank}@{where}", LoRA(chosen, rank=rank))
-    for rank in (4, 8, 16):
-        yield Candidate(f"bottleneck-{rank}@{where}", Bottleneck(chosen, rank=rank))
-    convolutions = tuple(place for place in chosen if place.kind == "conv")
-    for rank in (4, 16) if convolutions else ():
-        yield Candidate(f"conv-{rank}@{where}", ConvAdapter(convolutions, rank=rank))
-    yield Candidate(f"vida-64@{where}", VidaPair(chosen, low=1, high=64))
-
-
-def _prompts(tail: Tail) -> Iterator[Candidate]:
-    """Where the cut is a sequence of tokens."""
-    manifest = tail.bundle.manifest
-    if manifest.prompts is not None and manifest.cut.shape[-1:] == (manifest.prompts,):
-        for count in (4, 8):
-            yield Candidate(f"prompt-{count}@cut", Prompt.at(tail, count=count))
 
 
 def _directions(outputs: int, seed: int) -> Tensor:

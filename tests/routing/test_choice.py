@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,19 +13,17 @@ from edge_adapt.adapters.lora import LoRA
 from edge_adapt.adapters.prompt import Prompt
 from edge_adapt.adapters.protocol import places
 from edge_adapt.errors import ConfigError, DataError
+from edge_adapt.routing.candidates import Candidate, Cost, candidates, cost
 from edge_adapt.routing.choice import (
     SAMPLES,
     WEIGHTS,
     Budget,
-    Candidate,
-    Cost,
     Measured,
     Scored,
     Weights,
-    candidates,
     choose,
-    cost,
     forward_kernel,
+    reach,
     score,
     spectrum_of,
     tangent_kernel,
@@ -76,6 +74,20 @@ class Broken(LoRA):
 
     def weights(self, values, source):
         return {name: value * math.nan for name, value in super().weights(values, source).items()}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A tail whose logits are larger or smaller."""
+
+    tail: Tail
+    factor: float
+
+    def __getattr__(self, name: str):
+        return getattr(self.tail, name)
+
+    def __call__(self, *given, **named) -> Tensor:
+        return self.factor * self.tail(*given, **named)
 
 
 # What there is to choose from
@@ -225,6 +237,24 @@ def test_the_score_does_not_depend_on_the_scale_of_the_kernel(tail, h, few, fact
     kernel, labels = tangent_kernel(tail, few[0], h), tail(h).argmax(1)
     one, other = spectrum_of(kernel, labels), spectrum_of(factor * kernel, labels)
     assert (one.rank, one.condition, one.fisher) == pytest.approx((other.rank, other.condition, other.fisher), 1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("factor", [0.1, 30.0])
+def test_the_order_does_not_depend_on_the_scale_of_the_logits(tail, h, few, way, factor):
+    plain = choose(tail, h, among=few, way=way)
+    scaled = choose(Scaled(tail, factor), h, among=few, way=way)
+    assert names(plain) == names(scaled)
+    steps = [other.score - one.score for one, other in zip(plain, scaled, strict=True)]
+    assert steps == pytest.approx([WEIGHTS[way].reach * math.log(factor)] * len(few), abs=1e-2)
+
+
+def test_reach_counts_every_parameter_alike(tail, h):
+    """An adapter on more places reaches further than on any of them, and one with more parameters further too."""
+    found = {candidate.name: reach(tail, candidate, h) for candidate in candidates(tail)}
+    alone = {place.name: found[f"lora-4@{place.name}"] for place in places(tail)}
+    assert found["lora-4@all"] > max(alone.values())
+    assert all(found[f"lora-16@{place}"] > value > 0 for place, value in alone.items())
 
 
 def test_rank_and_condition_of_kernels_that_are_known():
