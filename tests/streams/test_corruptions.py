@@ -244,6 +244,7 @@ def assert_as_hard(found: dict[str, float]) -> None:
     assert abs(np.mean(list(off.values()))) < 2, off
 
 
+@pytest.mark.slow
 def test_random_corruptions_cost_resnet20_what_the_reference_costs(clean, resnet20):
     images, labels = clean[0][:800], clean[1][:800]
     random = [name for name in CORRUPTIONS if name not in FIXED]
