@@ -25,6 +25,9 @@ def export(
         str | None, typer.Option(help="labelled source images, .npz or folder, to train on with AugMix first")
     ] = None,
     warm_up_epochs: Annotated[int | None, typer.Option(help="passes over them; None: the default")] = None,
+    estimate: Annotated[
+        bool, typer.Option(help="fit the estimate of accuracy without labels too, on --calibration; takes a minute")
+    ] = False,
     head: Annotated[str | None, typer.Option(help="labelled source frames to fit another last layer to")] = None,
     scale: Annotated[float, typer.Option(help="for an .onnx: raw values are divided by this")] = 1.0,
     mean: Annotated[str, typer.Option(help="for an .onnx: subtracted after that, with commas between channels")] = "0",
@@ -64,6 +67,7 @@ def export(
             calibration=frames,
             cut=cut,
             warm_up=plan,
+            estimate=estimate,
             force=force,
             report=lambda text: typer.echo(f"  {text}", err=True),
             progress=progress,

@@ -75,6 +75,7 @@ def export(
     calibration: Array | None = None,
     cut: str | None = None,
     warm_up: WarmUpPlan | None = None,
+    estimate: bool = False,
     force: bool = False,
     report: Report = lambda text: None,
     progress: Progress = lambda what, done, total: None,
@@ -85,6 +86,7 @@ def export(
         calibration: raw source frames, as in an archive; None computes what it can from the model alone.
         cut: module or tensor where the trunk ends, `input` for reference mode, None for the model's default.
         warm_up: labelled source images to train on first; an interrupted training goes on when called again.
+        estimate: fit the estimate of accuracy without labels too, on augmented calibration frames; it takes a minute.
         force: replace an existing bundle.
         report: told one line per stage.
         progress: told (what, steps done, steps in all).
@@ -119,7 +121,8 @@ def export(
         engine = OnnxRuntimeEngine(bundle)
         if frames is not None:
             source |= source_statistics(bundle, engine, frames, lambda count: None)
-            source |= _accuracy(replace(bundle, source=source), engine, calibration, report, progress)
+            if estimate:
+                source |= _accuracy(replace(bundle, source=source), engine, calibration, report, progress)
         if warmed is not None and warm_up is not None:
             report("training the adapters")
             source |= warmed.source

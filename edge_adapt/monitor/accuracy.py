@@ -110,7 +110,7 @@ class Accuracy:
         if not offered(bundle):
             raise ConfigError(
                 f"bundle {bundle.manifest.name!r} holds nothing to estimate accuracy by",
-                remedy="export it again with --calibration, on images, with a network that ends in a linear layer",
+                remedy="export it again with --estimate and --calibration on images; it has to end in a linear layer",
             )
         self.signals = Signals(bundle)
         self.weights, self.worth = source[WEIGHTS].astype(np.float64), source[WORTH].astype(np.float64)
@@ -118,7 +118,7 @@ class Accuracy:
             raise ConfigError(
                 f"bundle {bundle.manifest.name!r} has {WEIGHTS} of shape {self.weights.shape}, expected "
                 f"(2, {self.signals.count + 1})",
-                remedy="export it again with this version and --calibration",
+                remedy="export it again with this version, --estimate and --calibration",
             )
 
     def init(self) -> Seen:

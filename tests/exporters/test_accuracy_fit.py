@@ -29,7 +29,8 @@ def model(tiny_net, device_bundle) -> Model:
 
 @pytest.fixture(scope="module")
 def fitted_bundle(model, images, tmp_path_factory) -> Bundle:
-    return Bundle.load(export(model, tmp_path_factory.mktemp("fitted") / "b", calibration=images, cut="block"))
+    folder = tmp_path_factory.mktemp("fitted") / "b"
+    return Bundle.load(export(model, folder, calibration=images, cut="block", estimate=True))
 
 
 def made(seed: int = 0, noise: float = 0.0) -> Cases:
@@ -81,7 +82,7 @@ def test_export_stores_it_and_the_device_can_use_it(fitted_bundle, tiny_frames):
 
 
 def test_the_same_frames_give_the_same_entries(fitted_bundle, model, images, tmp_path):
-    again = Bundle.load(export(model, tmp_path / "b", calibration=images, cut="block"))
+    again = Bundle.load(export(model, tmp_path / "b", calibration=images, cut="block", estimate=True))
     for name in (WEIGHTS, WORTH):
         assert (again.source[name] == fitted_bundle.source[name]).all()
 

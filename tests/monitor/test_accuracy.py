@@ -234,7 +234,7 @@ def test_more_right_than_labels_is_refused(bundle):
 
 
 def test_a_bundle_without_the_entries_says_how_to_get_them(device_bundle):
-    with pytest.raises(ConfigError, match="export it again with --calibration"):
+    with pytest.raises(ConfigError, match="export it again with --estimate"):
         Accuracy(device_bundle)
 
 
