@@ -9,7 +9,7 @@ networks, above all those of depthwise convolutions, do not bear the statistics 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ class Trial:
     """Frames in these sums."""
     sure: tuple[float, float] = (0.0, 0.0)
     """Sums of the certainty, from chance, with the ports in force and with source weights."""
+    votes: Array = field(default_factory=lambda: np.zeros(0))
+    """[K], how often source answered each class; empty without ports."""
 
     @classmethod
     def empty(cls) -> Trial:
@@ -70,8 +72,10 @@ class Trial:
     def with_certainty(self, ours: Array, source: Array) -> Trial:
         """With the logits [N, K] to some more frames, with ports and without."""
         chance = 1 / ours.shape[1]
+        votes = np.bincount(source.argmax(axis=1), minlength=source.shape[1])
         return replace(
             self,
+            votes=votes + self.votes if self.votes.size else votes,
             sure=(
                 self.sure[0] + float((_certainty(ours) - chance).sum()),
                 self.sure[1] + float((_certainty(source) - chance).sum()),
@@ -99,9 +103,10 @@ class Trial:
 
     @property
     def unsure(self) -> bool:
-        """True if ports leave too little of source's certainty."""
+        """True if ports leave too little of source's certainty, unless that is worth nothing: a network that a shift
+        has broken is often very sure of one and the same class."""
         ours, source = self.sure
-        return ours < UNSURE * source
+        return ours < UNSURE * source and 2 * int(self.votes.max()) < int(self.votes.sum())
 
     def collapsed(self, classes: int) -> bool:
         """True if the answers are near-constant, and the plain ones to the same frames are not."""

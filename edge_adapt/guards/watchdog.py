@@ -292,7 +292,7 @@ def _first(taps: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
 
 def taught(own: Watch) -> Watch:
     """Once the host learned from labels: nothing is held back, or judged, any more."""
-    return replace(own, taught=True, rests="nothing", rest=0, reliable=RELIABLE, trial=None)
+    return replace(own, taught=True, trusted=True, rests="nothing", rest=0, reliable=RELIABLE, trial=None)
 
 
 def _held_back(own: Watch) -> bool:

@@ -17,7 +17,7 @@ from edge_adapt.guards.repeated import REPEATED, Repeated
 from edge_adapt.guards.reset import RESET, Reset
 from edge_adapt.guards.strange import STRANGE, Strange
 from edge_adapt.guards.trial import Trial
-from edge_adapt.guards.watchdog import COLLAPSE, LEAP, RETURN, ROLLBACK, Watchdog
+from edge_adapt.guards.watchdog import COLLAPSE, LEAP, RETURN, ROLLBACK, Watchdog, taught
 from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.protocol import CUT, LOGITS, TAPS, Answered, Context, Labelled, Observation, Step
 from edge_adapt.tail import Tail
@@ -386,6 +386,22 @@ def test_ports_that_leave_little_of_the_certainty_never_take_force(context):
     assert guard.delta(state).same_as(Delta.source())
     state, events = play(guard, context.bundle, 6000, state=state)
     assert [event for _, event in events] == [RETURN]
+    assert guard.delta(state) is state.host.delta
+
+
+def test_certainty_of_one_class_alone_is_no_reason_against_ports(context):
+    guard = Watchdog(context, Host(lambda frames: some_ports(context)))
+    state, events = play(guard, context.bundle, 400, plain=[3] * 8, height=1.0)
+    assert events == []
+    assert guard.delta(state) is state.host.delta
+
+
+def test_ports_of_a_host_that_was_taught_need_no_trial(context):
+    guard = Watchdog(context, Host(lambda frames: some_ports(context)))
+    state, _ = play(guard, context.bundle, 8)
+    assert state.own.rests == "all"
+    state = replace(state, own=taught(state.own))
+    state, _ = play(guard, context.bundle, 64, state=state)
     assert guard.delta(state) is state.host.delta
 
 
