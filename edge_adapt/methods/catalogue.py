@@ -10,11 +10,11 @@ from edge_adapt.errors import ConfigError
 from edge_adapt.guards.default import SETTING, guarded, taught_too
 from edge_adapt.methods.auto import AUTO, choose
 from edge_adapt.methods.protocol import GRADIENTS, HEAD, IMAGES, PROMPTS, SITES, Context, Method
-from edge_adapt.plugins import METHODS, WRAPPERS, find, names
-from edge_adapt.routing.router import Router
+from edge_adapt.plugins import METHODS, ROUTERS, WRAPPERS, find, sound
 
 ROUTER = "router"
 """Name of the setting that asks for a router."""
+NO_ROUTER, OWN_ROUTER = "none", "hdc"
 
 LACKS = {
     SITES: "has no norm site",
@@ -49,16 +49,17 @@ def build(name: str, context: Context) -> Method[Any]:
 
 
 def routed(method: Method[Any], context: Context) -> Method[Any]:
-    """The method behind a router, where the setting `router` asks for one: "hdc", or its settings; "none" for none.
+    """The method behind a router, where the setting `router` asks for one: its name, or a dict of its settings.
 
-    Raises: ConfigError for another one, or if the bundle or the method cannot serve it.
+    "none" is none. A dict is for "hdc", or for what it holds under `kind`.
+    Raises: ConfigError if there is none of that name, or if the bundle or the method cannot serve it.
     """
-    setting = context.settings.get(ROUTER, "none")
-    if setting == "none":
+    setting = context.settings.get(ROUTER, NO_ROUTER)
+    settings = dict(setting) if isinstance(setting, dict) else {}
+    kind = settings.pop("kind", OWN_ROUTER) if isinstance(setting, dict) else setting
+    if kind == NO_ROUTER:
         return method
-    if setting != "hdc" and not isinstance(setting, dict):
-        raise ConfigError(f"there is no router {setting!r}", remedy="use hdc or none")
-    return taught_too(Router, method)(replace(context, settings={} if setting == "hdc" else setting), method)
+    return taught_too(find(ROUTERS, str(kind)), method)(replace(context, settings=settings), method)
 
 
 def check(name: str, requires: frozenset[str], bundle: Bundle) -> None:
@@ -76,7 +77,7 @@ def check(name: str, requires: frozenset[str], bundle: Bundle) -> None:
 def fitting(bundle: Bundle) -> list[str]:
     """Names of the installed methods that the bundle can serve."""
     offered = offers(bundle)
-    return [name for name in names(METHODS) if find(METHODS, name).requires <= offered]
+    return [name for name, method in sound(METHODS).items() if method.requires <= offered]
 
 
 def offers(bundle: Bundle) -> frozenset[str]:

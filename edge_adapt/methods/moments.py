@@ -224,7 +224,7 @@ class Moments:
         # While the ports move much, what was seen before they did is worth less: forget the older half.
         # Never less than two such looks: an estimate that is replaced by the newest one swings with the ports.
         memory = int(max(2 * frames, np.clip(state.seen / 2, 32, memory)))
-        rate = frames / min(state.count + frames, memory) if frames < memory else 1.0
+        rate = frames / min(state.count + frames, memory)
         slow = frames / (min(state.count + frames, memory) + memory / 4)
         labels = self._runs(state) * (expected[:, 0] - state.expected[0])
         deviation = np.square(means - state.mean - labels).mean(axis=0)

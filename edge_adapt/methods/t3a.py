@@ -2,6 +2,10 @@
 
 Iwasawa & Matsuo, "Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization", NeurIPS 2021. An
 answer depends on the frames that it is given with. Its logits are no measure of certainty: keep them out of gates.
+
+Prototypes of length 1 forget how long the rows of the head are, and few supports of a corrupted class are poor ones:
+on ResNet-8 the answers of a stream get 16 points worse. So on the device a gate lets prototypes speak only where the
+head is unsure, and only while they say what the head says of the frames that it is sure of.
 """
 
 from __future__ import annotations
@@ -33,6 +37,10 @@ Array = NDArray[Any]
 
 LARGEST = 1e18
 """Squares of larger features are infinite."""
+SURE = 0.9
+"""Probability from which on the head counts as sure of a frame."""
+ENOUGH = 64
+"""Frames that the head is sure of, before the gate may open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +49,24 @@ class T3AConfig:
 
     supports: int = 20
     """M, features kept of each class: those with the lowest entropy."""
+    gate: bool | None = None
+    """Keep out of what the head knows better. None: not in reference mode, as published, but on the device."""
+    unsure: float = 0.5
+    """Gate: prototypes answer where the head's largest probability is below this."""
+    agree: float = 0.97
+    """Gate: of the frames that the head is sure of, the share on which prototypes must agree with it."""
+    horizon: int = 256
+    """Gate: frames that the share is taken over."""
 
     def __post_init__(self) -> None:
-        if self.supports < 1:
-            raise ConfigError(f"t3a.supports is {self.supports}, expected 1 or more", remedy="use 20")
+        for name, least in (("supports", 1), ("horizon", ENOUGH)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"t3a.{name} is {getattr(self, name)}, expected {least} or more", remedy="use the default"
+                )
+        for name in ("unsure", "agree"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"t3a.{name} is {getattr(self, name)}, expected 0 to 1", remedy="use the default")
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,10 @@ class Supports:
     """[K, M, D], of length 1; 0 where there is none."""
     entropies: Array
     """[K, M] in nats, ascending; infinite where there is none."""
+    agreed: float = 0.0
+    """Of the last frames that the head was sure of, on how many prototypes agreed with it."""
+    sure: float = 0.0
+    """How many these were; older ones count less."""
 
     def with_(self, features: Array, logits: Array) -> Supports:
         """The most certain of these and N more: features [N, D], and logits [N, K] that say class and certainty."""
@@ -69,7 +95,13 @@ class Supports:
             order = np.argsort(ranked, kind="stable")[:most]
             kept[label] = np.concatenate([kept[label], unit(features[of_class])])[order]
             scores[label] = ranked[order]
-        return Supports(kept, scores)
+        return replace(self, features=kept, entropies=scores)
+
+    def compared(self, certainty: Array, agrees: Array, horizon: int) -> Supports:
+        """After N more answers of head and prototypes: certainty [N] of the head, and where the two agree [N]."""
+        agrees = agrees[certainty >= SURE]
+        kept = (1 - 1 / horizon) ** len(agrees)
+        return replace(self, agreed=kept * self.agreed + float(agrees.sum()), sure=kept * self.sure + len(agrees))
 
     @property
     def prototypes(self) -> Array:
@@ -87,6 +119,7 @@ class T3A(Wrapper[Supports]):
     def __init__(self, context: Context, host: Method[Any], config: T3AConfig | None = None) -> None:
         super().__init__(context, host)
         self.config: T3AConfig = configured(config or T3AConfig(), context.settings)
+        self.gated = not context.reference if self.config.gate is None else self.config.gate
         source = context.bundle.source
         self.rows, self.bias = source["head.weight"], source["head.bias"]
 
@@ -109,7 +142,18 @@ class T3A(Wrapper[Supports]):
         if not (np.isfinite(answered.logits).all() and np.abs(features).max(initial=0) < LARGEST):
             return Step(state, answered.logits, (*events, "refused: answers are not finite"))
         own = state.own.with_(features, answered.logits)
-        return Step(Wrapped(state.host, own), features @ own.prototypes.T, events)
+        logits = features @ own.prototypes.T
+        if self.gated:
+            own, logits = self._gate(own, answered.logits, logits)
+        return Step(Wrapped(state.host, own), logits, events)
+
+    def _gate(self, own: Supports, head: Array, prototypes: Array) -> tuple[Supports, Array]:
+        """Whose logits stand, frame by frame; [N, K] each."""
+        certainty = np.exp(log_softmax(head.astype(np.float64), axis=1).max(axis=1))
+        own = own.compared(certainty, head.argmax(axis=1) == prototypes.argmax(axis=1), self.config.horizon)
+        if own.sure < ENOUGH or own.agreed < self.config.agree * own.sure:
+            return own, head
+        return own, np.where((certainty < self.config.unsure)[:, None], prototypes, head)
 
 
 class T3AAlone(T3A):

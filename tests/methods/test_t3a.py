@@ -143,3 +143,30 @@ def test_a_change_of_domain_empties_the_supports(device_bundle, tiny_frames, mon
 def test_what_cannot_be_is_refused(device_bundle):
     with pytest.raises(ConfigError, match="supports is 0"):
         T3AAlone(context(device_bundle, supports=0))
+
+
+def test_the_gate_leaves_the_head_what_it_is_sure_of(device_bundle):
+    """Prototypes answer unsure frames only, and none while they disagree with the head on frames that it is sure of."""
+    method = T3AAlone(context(device_bundle, agree=0.0))
+    doubtful = answers(device_bundle, 40)
+    sure = Answered(doubtful.logits * 100, doubtful.features)
+    closed = method.watch(method.init(), doubtful)
+    assert np.array_equal(closed.logits, doubtful.logits)
+    opened = closed.state
+    for _ in range(2):
+        step = method.watch(opened, sure)
+        assert np.array_equal(step.logits, sure.logits)
+        opened = step.state
+    after = method.watch(opened, doubtful).logits
+    certain = np.exp(doubtful.logits - doubtful.logits.max(1, keepdims=True)).sum(1) <= 2
+    assert np.array_equal(after[certain], doubtful.logits[certain])
+    assert not certain.all()
+    assert (after[~certain] != doubtful.logits[~certain]).any(axis=1).all()
+
+    wrong = Answered(-sure.logits, sure.features)
+    strict = T3AAlone(context(device_bundle))
+    state = strict.init()
+    for _ in range(4):
+        state = strict.watch(state, wrong).state
+    assert state.own.agreed < 0.9 * state.own.sure
+    assert np.array_equal(strict.watch(state, doubtful).logits, doubtful.logits)
