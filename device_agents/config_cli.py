@@ -13,6 +13,9 @@ YAML = (".yaml", ".yml")
 def check(
     path: Annotated[Path | None, typer.Argument(help="folder of a bundle, or configuration (.yaml)")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of configurations instead")] = False,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="have every graph of the bundle built by TensorRT too")
+    ] = False,
 ) -> None:
     """Verify a bundle (hashes, schema, parity) or a configuration and what it names. Exit code 2 if it is wrong."""
     from device_agents import config_check
@@ -32,7 +35,7 @@ def check(
             f"source {settings.source.kind}, broker {broker}"
         )
     else:
-        find(CHECKS, "bundle")(path)
+        find(CHECKS, "bundle")(path, tensorrt=tensorrt)
 
 
 def acl(

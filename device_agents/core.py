@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from device_agents.settings import AgentSettings, BudgetSettings
+from device_agents.settings import AgentSettings, BudgetSettings, MethodSettings
 from device_agents.wishes import may_answer
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.protocol import Engine
@@ -42,8 +42,8 @@ class Core:
         self.settings, self._tell = settings, tell
         self.bundle = Bundle.load(settings.bundle)
         self.preprocess = Preprocess(self.bundle.manifest.input)
-        tail = lru_cache(maxsize=1)(lambda: _tail(self.bundle))
         chosen = settings.method
+        tail = lru_cache(maxsize=1)(lambda: _tail(self.bundle, chosen))
         self.method: Method[Any] = build(
             chosen.name, Context(self.bundle, tail, seed=chosen.seed, settings=dict(chosen.settings))
         )
@@ -120,8 +120,8 @@ def limits_of(budget: BudgetSettings) -> Limits:
     return Limits(budget.learn_ms_per_s, budget.memory_mb, budget.temperature_c, budget.power_w)
 
 
-def _tail(bundle: Bundle) -> Tail:
+def _tail(bundle: Bundle, method: MethodSettings) -> Tail:
     """Loads torch, which methods without gradients never do."""
-    from edge_adapt.tail import Tail
+    from edge_adapt.far import tail_on
 
-    return Tail(bundle)
+    return tail_on(bundle, method.device, method.device_memory_mb)

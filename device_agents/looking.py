@@ -102,6 +102,8 @@ class Lookout:
         learned, troubles = self._core.learned, set(self._network.troubles if self._network else ())
         if self._keeper.trouble is not None:
             troubles.add("snapshots cannot be saved")
+        if self._core.loop.predictor.trouble is not None:
+            troubles.add(f"engine: {self._core.loop.predictor.trouble}")
         return Facts(
             warm=self.warm,
             draining=self.draining,

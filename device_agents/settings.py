@@ -68,6 +68,10 @@ class MethodSettings(_Strict):
     name: str = Field("auto", description="method, with wrappers behind plus signs")
     settings: dict[str, Any] = Field(default_factory=dict, description="values for fields of the method's config")
     seed: int = 0
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        "cpu", description="where the tail learns; `auto` takes a GPU if there is one"
+    )
+    device_memory_mb: Positive | None = Field(None, description="what PyTorch may take of the GPU's memory")
 
 
 class BudgetSettings(_Strict):

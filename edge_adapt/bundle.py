@@ -25,6 +25,8 @@ MANIFEST, FULL, TRUNK, TAIL, SOURCE = (
     *("manifest.json", "full.onnx", "trunk.onnx"),
     *("tail.pt2", "source.safetensors"),
 )
+FULL_INT8 = "full.int8.onnx"
+"""full.onnx with its convolutions in INT8, as QuantizeLinear and DequantizeLinear say it; only of an INT8 bundle."""
 INPUT_CUT = "input"
 """The cut that makes the whole network the tail: reference mode."""
 
@@ -122,6 +124,26 @@ class WarmUp(_Part):
     """The same of those images augmented, by the statistics of each batch."""
 
 
+class Quantised(_Part):
+    """How the INT8 graph was made, and what it costs and gains, each as (with source's ports, with other ports)."""
+
+    target: Literal["cpu", "tensorrt"]
+    """What it is fast on: ONNX Runtime's CPU refuses nothing, but runs the graph that TensorRT takes slowly."""
+    frames: int
+    """That the ranges of activations were measured on, with source's ports and with others."""
+    held_out: int
+    """Other frames, that it was compared with float32 on."""
+    agreement: tuple[float, float]
+    """% of them with the same top-1 answer."""
+    float_top1: tuple[float, float] | None = None
+    """% right in float32, where there are labels."""
+    int8_top1: tuple[float, float] | None = None
+    speed: float
+    """Time of float32 as a multiple of INT8's, one frame and one thread, on the machine that exported."""
+    layers: int
+    """Convolutions in INT8; everything else is float32."""
+
+
 class Manifest(_Part):
     """manifest.json. Unknown keys are refused; a newer schema is refused before anything else is read."""
 
@@ -142,7 +164,9 @@ class Manifest(_Part):
     prompts: int | None = None
     """Width of the prompt tokens that the graph takes, for a transformer."""
     opset: int
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "int8"] = "fp32"
+    """Of the answers; looks are float32 always."""
+    quantised: Quantised | None = None
     calibration_samples: int = 0
     parity: Parity
     warm_up: WarmUp | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,9 @@ def source_statistics(bundle: Bundle, engine: Engine, images: Array, progress: P
     keeps_classes = 2 * bundle.channels * bundle.manifest.outputs <= LARGE
     for batch in frames:
         seen = engine.observe(batch, cut=False, taps=True, features=has_head)
+        if bundle.manifest.precision == "int8":  # looks are float32, answers are not
+            answer = engine.observe(batch, features=has_head)
+            seen = replace(seen, logits=answer.logits, features=answer.features)
         assert seen.taps is not None
         mean, second = normalised(bundle, seen.taps)
         shifted = seen.logits - seen.logits.max(axis=1, keepdims=True)

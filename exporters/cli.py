@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from edge_adapt.bundle import Quantised
+    from exporters.quantise import QuantisePlan
     from exporters.warm_up import WarmUpPlan
 
 
@@ -32,11 +35,18 @@ def export(
     scale: Annotated[float, typer.Option(help="for an .onnx: raw values are divided by this")] = 1.0,
     mean: Annotated[str, typer.Option(help="for an .onnx: subtracted after that, with commas between channels")] = "0",
     std: Annotated[str, typer.Option(help="for an .onnx: divided by after that")] = "1",
-    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
-    force: Annotated[bool, typer.Option(help="replace an existing bundle")] = False,
+    precision: Annotated[str, typer.Option(help="of the answers: fp32, or int8, which needs --calibration")] = "fp32",
+    target: Annotated[str | None, typer.Option(help="of int8: cpu, or tensorrt, which is slow on a CPU")] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="of int8: points of accuracy that may be lost; without labels, % of answers that change"),
+    ] = None,
+    check_tensorrt: Annotated[
+        bool, typer.Option("--check-tensorrt", help="have TensorRT build every graph; exit code 2 if it refuses one")
+    ] = False,
+    force: Annotated[bool, typer.Option(help="replace a bundle; write an int8 one that loses more")] = False,
 ) -> None:
     """Split a model at the cut, give every norm a port and a tap, and write a bundle that passed its parity gate."""
-    from edge_adapt.errors import ConfigError
     from edge_adapt.streams.data import load_data
     from edge_adapt.threads import one_thread
     from exporters.export import export as run
@@ -44,12 +54,16 @@ def export(
     from exporters.progress import shown
 
     one_thread()
-    if precision != "fp32":
-        raise ConfigError(f"precision {precision!r} is not supported", remedy="use fp32")
-    frames = None
+    if check_tensorrt:
+        from edge_adapt.engines.tensorrt_build import library
+
+        library()  # before minutes of work
+    frames = labels = None
     if calibration is not None:
         data = load_data(calibration)
         frames = data.images if data.images is not None else next(iter(data.shifts.values()))
+        labels = data.labels
+    int8 = int8_plan(precision, target, max_loss, labels)
     typer.echo(f"exporting {model}", err=True)
     made = from_spec(model, weights=weights, fed=(scale, numbers(mean, "--mean"), numbers(std, "--std")))
     if head is not None:
@@ -68,11 +82,31 @@ def export(
             cut=cut,
             warm_up=plan,
             estimate=estimate,
+            int8=int8,
             force=force,
             report=lambda text: typer.echo(f"  {text}", err=True),
             progress=progress,
         )
     typer.echo(str(out))
+    if check_tensorrt:
+        accepted_by_tensorrt(out)
+
+
+def int8_plan(
+    precision: str, target: str | None, max_loss: float | None, labels: NDArray[Any] | None
+) -> QuantisePlan | None:
+    """What the options ask for. Raises: ConfigError."""
+    from edge_adapt.errors import ConfigError
+    from exporters.quantise import QuantisePlan, named_target
+
+    if precision == "int8":
+        return QuantisePlan(named_target(target or "cpu"), labels, max_loss)
+    if precision != "fp32":
+        raise ConfigError(f"precision {precision!r} is not supported", remedy="use fp32 or int8")
+    for option, value in (("--target", target), ("--max-loss", max_loss)):
+        if value is not None:
+            raise ConfigError(f"{option} without --precision int8", remedy="add --precision int8, or leave it out")
+    return None
 
 
 def warm_up_plan(data: str | None, epochs: int | None, classes: Sequence[str] | None) -> WarmUpPlan | None:
@@ -121,10 +155,13 @@ def info(
         "calibration": f"{manifest.calibration_samples} frames",
         "parity": f"{max(parity.identity_ports, parity.random_ports, parity.tail):.1e} of the output's scale, "
         f"{parity.tolerance:.0e} allowed ({parity.samples} {parity.data} samples)",
-        "opset": f"{manifest.opset}, {manifest.precision}",
+        "opset": str(manifest.opset),
+        "answers in": manifest.precision,
         "created": manifest.created,
         **manifest.provenance,
     }
+    if manifest.quantised is not None:
+        lines |= int8_lines(manifest.quantised)
     if manifest.warm_up is not None:
         warm, epochs = manifest.warm_up, int(manifest.warm_up.settings["epochs"])
         (clean, later_clean), (augmented, later_augmented) = warm.clean_error, warm.augmented_error
@@ -136,7 +173,27 @@ def info(
         typer.echo(f"{name:>12}  {text}")
 
 
-def check(bundle: Path) -> None:
+def int8_lines(facts: Quantised) -> dict[str, str]:
+    """What `info` says of an INT8 graph."""
+    made = {
+        "answers in": f"int8 for {facts.target}: {facts.layers} layers, {facts.agreement[0]:g} % of the answers as in "
+        f"float32 ({facts.agreement[1]:g} % with other ports), {facts.speed:g} times as fast"
+    }
+    if facts.float_top1 and facts.int8_top1:
+        pairs = zip(facts.int8_top1, facts.float_top1, ("as exported", "with other ports"), strict=True)
+        made["int8 top-1"] = ", ".join(f"{int8:g} % (float32 {plain:g} %) {ports}" for int8, plain, ports in pairs)
+    return made
+
+
+def accepted_by_tensorrt(path: Path) -> None:
+    """Have every graph of a bundle built. Raises: EngineError if nothing builds here, ArtifactError for a refusal."""
+    from edge_adapt.bundle import Bundle
+    from exporters.tensorrt import check as run
+
+    run(Bundle.load(path), report=lambda text: typer.echo(f"  {text}", err=True))
+
+
+def check(bundle: Path, *, tensorrt: bool = False) -> None:
     """Verify hashes, schema and parity again: `edge-adapt check BUNDLE`. Raises: EdgeAdaptError for what is wrong."""
     from edge_adapt.threads import one_thread
     from exporters.export import check as run
@@ -145,3 +202,5 @@ def check(bundle: Path) -> None:
     errors = run(bundle, report=lambda text: typer.echo(f"  ok: {text}", err=True))
     for name, error in errors.items():
         typer.echo(f"{name:>12}  {error:.1e} of the output's scale")
+    if tensorrt:
+        accepted_by_tensorrt(bundle)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from math import prod
@@ -18,42 +13,42 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save as save_safetensors
 from torch import nn
 
 from edge_adapt.bundle import (
     FULL,
+    FULL_INT8,
     INPUT_CUT,
     MANIFEST,
-    SOURCE,
-    TAIL,
-    TRUNK,
     Bundle,
     Cut,
     Head,
     InputSpec,
     Manifest,
     Parity,
+    Quantised,
     Site,
 )
-from edge_adapt.delta import write_atomically
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
+from edge_adapt.engines.quantised import quantised_layers
 from edge_adapt.engines.torch_from_onnx import GraphModule
-from edge_adapt.errors import ArtifactError, ConfigError, DataError, EdgeAdaptError
+from edge_adapt.errors import ArtifactError, ConfigError, DataError
 from edge_adapt.graph import SIDE, attributes, graft_taps, initializers, producers, shapes
 from edge_adapt.preprocess import Preprocess
 from exporters import parity
 from exporters.accuracy import accuracy_entries, can_be_fitted
-from exporters.adapters import ADAPTERS, write_label_shift, write_pairs
+from exporters.adapters import write_label_shift, write_pairs
 from exporters.calibrate import source_statistics
 from exporters.cut import resolve_cut, tail_of
 from exporters.onnx_from_torch import OPSET
 from exporters.passes import without_traces
+from exporters.quantise import QuantisePlan, check_calibration, compare, gate, quantise, split
 from exporters.sites import Folded, conv_outputs_without_norm, fold, insert_norms
 from exporters.sources import Model, from_module, from_spec
 from exporters.training_state import place_of
 from exporters.warm_up import WarmUpPlan, with_weights
 from exporters.warm_up import warm_up as run_warm_up
+from exporters.writing import aside, finish, save_graphs
 
 __all__ = ["Model", "check", "export", "from_module", "from_spec"]
 
@@ -76,6 +71,7 @@ def export(
     cut: str | None = None,
     warm_up: WarmUpPlan | None = None,
     estimate: bool = False,
+    int8: QuantisePlan | None = None,
     force: bool = False,
     report: Report = lambda text: None,
     progress: Progress = lambda what, done, total: None,
@@ -87,7 +83,8 @@ def export(
         cut: module or tensor where the trunk ends, `input` for reference mode, None for the model's default.
         warm_up: labelled source images to train on first; an interrupted training goes on when called again.
         estimate: fit the estimate of accuracy without labels too, on augmented calibration frames; it takes a minute.
-        force: replace an existing bundle.
+        int8: answer with an INT8 graph; needs calibration frames, and compares with float32 on some of them.
+        force: replace an existing bundle, and write one whose INT8 graph loses more than it may.
         report: told one line per stage.
         progress: told (what, steps done, steps in all).
     Raises: EdgeAdaptError. Nothing is left behind.
@@ -96,8 +93,10 @@ def export(
         raise ConfigError(
             f"{out} exists", remedy="choose another folder" if not (out / MANIFEST).exists() else "add --force"
         )
+    if int8 is not None:
+        check_calibration(calibration)
     frames = _calibration_frames(model.input, calibration)
-    with _aside(out) as folder:
+    with aside(out) as folder:
         report("finding norm sites")
         network = _with_norms(model.network, frames)
         warmed = None
@@ -113,11 +112,14 @@ def export(
         if warmed is not None:
             manifest = manifest.model_copy(update={"warm_up": warmed.record})
         report(f"{len(folded.sites)} norm sites, cut at {manifest.cut.name}")
-        _save_graphs(folder, network, folded, manifest)
+        save_graphs(folder, network, folded, manifest)
         report("measuring the source domain" if frames is not None else "no calibration data: stored statistics")
         source = folded.constants | _head_weights(folded.model, manifest.head)
-        manifest = _finish(folder, manifest, source)
+        manifest = finish(folder, manifest, source)
         bundle = Bundle.load(folder)
+        if int8 is not None and frames is not None:
+            manifest = _with_int8(folder, bundle, source, frames, int8, force, report)
+            bundle = Bundle.load(folder)
         engine = OnnxRuntimeEngine(bundle)
         if frames is not None:
             source |= source_statistics(bundle, engine, frames, lambda count: None)
@@ -133,6 +135,8 @@ def export(
         if torch_model is None or not _names_match(torch_model, folded.sites):
             torch_model = GraphModule(network).eval()
         samples = _parity_frames(model.input, frames)
+        engine.close()
+        engine = OnnxRuntimeEngine(bundle, quantised=False)
         errors = parity.measure(bundle, engine, torch_model, samples)
         parity.gate(errors)
         engine.close()
@@ -143,10 +147,45 @@ def export(
             **errors,
         )
         count = 0 if frames is None else len(frames)
-        _finish(folder, manifest.model_copy(update={"parity": checked, "calibration_samples": count}), source)
+        finish(folder, manifest.model_copy(update={"parity": checked, "calibration_samples": count}), source)
         report(f"parity {max(errors.values()):.1e} of the output's scale, {parity.TOLERANCE:.0e} allowed")
     place_of(out).unlink(missing_ok=True)
     return out
+
+
+def _with_int8(
+    folder: Path,
+    bundle: Bundle,
+    source: dict[str, Array],
+    frames: Array,
+    plan: QuantisePlan,
+    force: bool,
+    report: Report,
+) -> Manifest:
+    """Put an INT8 graph into a bundle. Raises: ArtifactError if it loses more than it may, unless forced."""
+    report(f"INT8 for {plan.target}")
+    measured, held_out = split(frames)
+    graph = quantise(bundle, measured, plan.target)
+    (folder / FULL_INT8).write_bytes(without_traces(graph).SerializeToString())
+    facts = Quantised(
+        target=plan.target,
+        frames=len(measured),
+        held_out=len(held_out),
+        agreement=(0, 0),
+        speed=0,
+        layers=len(quantised_layers(graph, bundle)),
+    )
+    manifest = bundle.manifest.model_copy(update={"precision": "int8", "quantised": facts})
+    manifest = finish(folder, manifest, source)
+    labels = None if plan.labels is None else split(_spread(plan.labels))[1]
+    facts = compare(Bundle.load(folder), held_out, labels)
+    report(f"INT8: {facts.agreement[0]:g} % of the answers as in float32, {facts.speed:g} times as fast")
+    wrong = gate(facts, plan.max_loss)
+    if wrong is not None and not force:
+        raise ArtifactError(wrong, remedy="calibrate with more frames, use fp32, or add --force")
+    if wrong is not None:
+        report(f"forced: {wrong}")
+    return finish(folder, manifest.model_copy(update={"quantised": facts}), source)
 
 
 def _accuracy(
@@ -177,8 +216,8 @@ def check(path: Path, report: Report = lambda text: None) -> dict[str, float]:
     """
     bundle = Bundle.load(path)
     report("hashes and schema")
-    engine = OnnxRuntimeEngine(bundle)
-    rebuilt = OnnxRuntimeEngine(bundle, live=False)
+    engine = OnnxRuntimeEngine(bundle, quantised=False)
+    rebuilt = OnnxRuntimeEngine(bundle, live=False, quantised=False)
     frames = _parity_frames(bundle.manifest.input, None)
     reference = GraphModule(onnx.load(path / FULL)).eval()
     prompts = [torch.zeros(0, bundle.manifest.prompts)] if bundle.manifest.prompts else []
@@ -287,48 +326,6 @@ def _tap_side(folded: Folded, dims: dict[str, list[int | str | None]]) -> int:
     return 0 if read < FULL_TAP_SHARE * work else SIDE
 
 
-def _save_graphs(folder: Path, network: onnx.ModelProto, folded: Folded, manifest: Manifest) -> None:
-    from exporters.trunk import ported_trunk
-
-    for name, graph in ((FULL, folded.model), (TRUNK, ported_trunk(folded, manifest.cut.tensor, manifest.tap_side))):
-        written = without_traces(graph)
-        onnx.checker.check_model(written, full_check=True)
-        (folder / name).write_bytes(written.SerializeToString())
-    dims = shapes(network)[manifest.cut.tensor]
-    tail = GraphModule(tail_of(network, manifest.cut.tensor, dims)).eval()
-    concrete = [int(dim) if isinstance(dim, int) else 7 for dim in dims[1:]]
-    dynamic: dict[int, Any] = {0: torch.export.Dim("N", min=1, max=65536)}
-    dynamic |= {place: torch.export.Dim.AUTO for place, dim in enumerate(dims) if place and not isinstance(dim, int)}
-    try:
-        program = torch.export.export(tail, (torch.zeros(2, *concrete),), dynamic_shapes=((dynamic,),))
-    except EdgeAdaptError:
-        raise
-    except Exception as error:  # whatever torch.export raises
-        raise ArtifactError(
-            f"the tail cannot be exported: {type(error).__name__}: {str(error).splitlines()[0]}",
-            remedy="choose a later cut",
-        ) from error
-    torch.export.save(program, folder / TAIL)
-
-
-def _finish(folder: Path, manifest: Manifest, source: dict[str, Array]) -> Manifest:
-    """Write source statistics and the manifest with the hashes of everything else."""
-    arrays = {
-        name: np.ascontiguousarray(value, np.uint8 if value.dtype == np.uint8 else np.float32)
-        for name, value in source.items()
-    }
-    (folder / SOURCE).write_bytes(save_safetensors(arrays))
-    adapters = sorted(str(file.relative_to(folder)) for file in folder.glob(f"{ADAPTERS}/*.safetensors"))
-    files = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in (FULL, TRUNK, TAIL, SOURCE, *adapters)
-    }
-    made = manifest.model_copy(update={"files": files})
-    text = json.dumps(made.model_dump(mode="json"), indent=1)
-    write_atomically(folder / MANIFEST, text.encode())
-    return made
-
-
 def _calibration_frames(spec: InputSpec, images: Array | None) -> Array | None:
     if images is None:
         return None
@@ -357,26 +354,3 @@ def _names_match(module: nn.Module, sites: Sequence[Site]) -> bool:
     return all(
         hasattr(known.get(site.name), "running_var" if site.kind == "batch_norm" else "weight") for site in sites
     )
-
-
-@contextlib.contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place at the end, or disappears."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = folder.with_name(f"{folder.name}-old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    except OSError as error:
-        raise ArtifactError(
-            f"the bundle cannot be written to {out}: {error.strerror or error}", remedy="free space, or write elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

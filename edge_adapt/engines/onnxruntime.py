@@ -4,17 +4,16 @@ On the CPU the optimised graph is kept and its weights stay in our buffers (`liv
 one multiplication per weight: no rebuild, no graph input, no slower kernel. There are two banks of buffers from the
 first change on: one is read while the other is written, so that an answer never waits for a change. Where editing in
 place cannot be had (another provider, an unknown layout) sessions are rebuilt, and the reason is logged.
+
+A bundle with an INT8 graph answers with that (`quantised.py`); looks, from which methods learn, go through the float32
+network with the same weights.
 """
 
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,22 +21,25 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_adapt.bundle import FULL, Bundle, LiveLayer
+from edge_adapt.bundle import FULL, Bundle
 from edge_adapt.delta import Delta
-from edge_adapt.engines.live import Bank, Group, Layout, LiveTensor, find_layout, grouped
+from edge_adapt.engines.live_sessions import LivePlan, LiveSessions, NotLiveError
 from edge_adapt.engines.protocol import Observed
+from edge_adapt.engines.quantised import QuantisedNetwork
+from edge_adapt.engines.refold import refolded
+from edge_adapt.engines.sessions import CPU, Answering, RebuiltSessions, Sessions, make_session, session_options
 from edge_adapt.engines.twin import PLAIN, Key, observed, twin
 from edge_adapt.errors import EngineError, StateError
 from edge_adapt.graph import initializers, set_initializers
 from edge_adapt.merge import LiveUpdate, Merger
 
+__all__ = ["CPU", "OnnxRuntimeEngine", "make_session", "session_options"]
+
 Array = NDArray[Any]
 
 log = logging.getLogger(__name__)
 
-CPU = "CPUExecutionProvider"
 VERIFY_TOLERANCE = 1e-4
-
 
 
 class OnnxRuntimeEngine:
@@ -45,12 +47,15 @@ class OnnxRuntimeEngine:
 
     name: ClassVar[str] = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1, provider: str = CPU, live: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 1, provider: str = CPU, live: bool = True, quantised: bool = True
+    ) -> None:
         """
         Args:
             threads: intra-operator threads of every session.
             provider: execution provider; it must be one that is really used, there is no silent fallback.
             live: edit weights in place where possible; False always rebuilds (slow, used as a reference).
+            quantised: answer with the INT8 graph of a bundle that has one; False answers in float32.
         Raises: EngineError if ONNX Runtime refuses the graph or the provider.
         """
         self.bundle = bundle
@@ -61,9 +66,10 @@ class OnnxRuntimeEngine:
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
         self._identity = Merger(bundle)(Delta.source())
         self._plan = self._try_live() if live else None
+        self._quantised = self._int8() if quantised else None
         self._applying = threading.Lock()
-        self._active: _Sessions = self._fresh()
-        self._idle: _Sessions | None = None
+        self._active: Sessions = self._fresh()
+        self._idle: Sessions | None = None
         self._active.run(PLAIN, np.zeros((1, *bundle.manifest.input.shape), np.float32))
 
     @classmethod
@@ -73,12 +79,14 @@ class OnnxRuntimeEngine:
     @property
     def description(self) -> str:
         how = "weights edited in place" if self._plan else "sessions rebuilt at each change"
+        if self._quantised is not None:
+            how = f"INT8 answers from a session rebuilt at each change, looks in float32 with {how}"
         return f"onnxruntime {ort.__version__}, {self._provider}, {self._threads} thread(s), {how}"
 
     @property
     def is_live(self) -> bool:
         """True if a change of weights rebuilds nothing."""
-        return self._plan is not None
+        return self._plan is not None and self._quantised is None
 
     def run(self, frames: Array) -> Array:
         logits: Array = self._run(PLAIN, frames)[0][0]
@@ -93,14 +101,10 @@ class OnnxRuntimeEngine:
         """Write into the bank that nobody reads, then swap: a run never waits for it, and never sees a mixture."""
         self._check(update)
         with self._applying:
-            if self._plan is None:
-                rebuilt = self._rebuilt(update)
-                rebuilt.tag = tag
-                self._active = rebuilt
-                return
-            idle = self._written(update)
-            idle.tag = tag
-            self._active, self._idle = idle, self._active
+            made = self._written(update)
+            made.prepare(self._active.keys)
+            made.tag = tag
+            self._active, self._idle = made, None if self._plan is None else self._active
 
     def rehearse(
         self, update: LiveUpdate, frames: Array, *, cut: bool = False, taps: bool = False, features: bool = False
@@ -109,16 +113,15 @@ class OnnxRuntimeEngine:
         self._check(update)
         key = (cut and not self.bundle.is_reference, taps, features)
         with self._applying:
-            if self._plan is None:
-                made = self._rebuilt(update).run(key, frames)
-            else:
-                self._idle = self._written(update)
-                made = self._idle.run(key, frames)
+            written = self._written(update)
+            self._idle = None if self._plan is None else written
+            made = written.run(key, frames)
         return observed(self.bundle, key, frames if cut else None, made)
 
-    def _written(self, update: LiveUpdate) -> _Sessions:
-        """The bank that nobody reads, with these weights. Raises: EngineError if one of them is not live."""
-        assert self._plan is not None
+    def _written(self, update: LiveUpdate) -> Sessions:
+        """Sessions that nobody reads yet, with these weights. Raises: EngineError if one of them is not live."""
+        if self._plan is None:
+            return self._rebuilt(update, self._answering)
         changed = self._plan.fixed & update.weights.keys()
         if changed:
             raise EngineError(
@@ -129,7 +132,6 @@ class OnnxRuntimeEngine:
         if idle.holds is not update:
             with idle.lock:  # a run that began before the last swap may still read it
                 idle.write(update)
-            idle.holds = update
         return idle
 
     def _check(self, update: LiveUpdate) -> None:
@@ -157,37 +159,60 @@ class OnnxRuntimeEngine:
                 if sessions is self._active:
                     return sessions.run(key, frames), sessions.tag
 
-    def _fresh(self) -> _Sessions:
+    def _fresh(self) -> Sessions:
         if self._plan is None:
-            return self._rebuilt(self._identity)
-        made = _LiveSessions(self._inputs, self._graph, self._plan)
+            return self._rebuilt(self._identity, self._answering)
+        made = LiveSessions(self._inputs, self._graph, self._plan, self._answering)
         made.write(self._identity)  # so that going back to source later is bit for bit where it began
         return made
 
-    def _rebuilt(self, update: LiveUpdate) -> _Sessions:
+    def _rebuilt(self, update: LiveUpdate, answering: Answering | None = None) -> Sessions:
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
-        set_initializers(model.graph, self._refolded(update))
-        made = _RebuiltSessions(self._inputs, lambda key: self._graph(key, model), self._threads, self._provider)
-        made.prompts = update.prompts
+        set_initializers(model.graph, refolded(self.bundle, self._weights, update))
+        made = RebuiltSessions(
+            self._inputs, lambda key: self._graph(key, model), self._threads, self._provider, answering
+        )
+        made.write(update)
         return made
+
+    @property
+    def _answering(self) -> Answering | None:
+        return None if self._quantised is None else self._quantised.session
+
+    def _int8(self) -> QuantisedNetwork | None:
+        """The INT8 graph, if the bundle has one and it can be used here."""
+        facts = self.bundle.manifest.quantised
+        if facts is None:
+            return None
+        if self._provider != CPU:
+            log.info("the INT8 graph is not used on %s", self._provider)
+            return None
+        if facts.target != "cpu":
+            log.warning(
+                "the INT8 graph of %s was made for %s: on ONNX Runtime's CPU it is slower than float32; "
+                "export with --target cpu for this device",
+                self.bundle.manifest.name,
+                facts.target,
+            )
+        return QuantisedNetwork(self.bundle, self._weights, self._threads)
 
     def _graph(self, key: Key, model: onnx.ModelProto | None = None) -> onnx.ModelProto:
         return twin(model or self._model, self.bundle, key)
 
-    def _try_live(self) -> _LivePlan | None:
+    def _try_live(self) -> LivePlan | None:
         """In-place weights, verified against a rebuilt session with other weights; None with a logged reason."""
         if self._provider != CPU:
             log.info("weights cannot be edited in place on %s; sessions will be rebuilt", self._provider)
             return None
-        plan = _LivePlan(self.bundle.manifest.layers, self._weights, self._sites, self._threads)
-        sessions = _LiveSessions(self._inputs, self._graph, plan)
+        plan = LivePlan(self.bundle.manifest.layers, self._weights, self._sites, self._threads)
+        sessions = LiveSessions(self._inputs, self._graph, plan)
         frames = np.random.default_rng(0).standard_normal((2, *self.bundle.manifest.input.shape), np.float32)
         probe = self._random_update(plan.fixed)
         sessions.write(probe)
         try:
             found = sessions.run(PLAIN, frames)[0]
-        except _NotLiveError as reason:
+        except NotLiveError as reason:
             log.warning("weights cannot be edited in place: %s; sessions will be rebuilt", reason.what)
             return None
         expected = self._rebuilt(probe).run(PLAIN, frames)[0]
@@ -210,235 +235,3 @@ class OnnxRuntimeEngine:
                 if layer.bias:
                     biases[layer.name] = self._weights[layer.bias] + np.float32(0.1)
         return replace(self._identity, scale=scale, bias=bias, weights=weights, biases=biases)
-
-    def _refolded(self, update: LiveUpdate) -> dict[str, Array]:
-        """Initialiser name -> value, for all layers, in the layout of full.onnx."""
-        made: dict[str, Array] = {}
-        for layer in self.bundle.manifest.layers:
-            base = update.weights.get(layer.name, self._weights[layer.weight])
-            place = self._sites.get(layer.name)
-            if place is None:
-                made[layer.weight] = base
-                if layer.bias:
-                    made[layer.bias] = update.biases.get(layer.name, self._weights[layer.bias])
-            else:
-                made[layer.weight] = base * update.scale[place].reshape(-1, *(1,) * (base.ndim - 1))
-                if layer.bias:
-                    made[layer.bias] = update.bias[place]
-        return made
-
-
-class _Sessions(ABC):
-    """Sessions that share one state of the weights."""
-
-    def __init__(self, inputs: Sequence[str]) -> None:
-        self.lock = threading.Lock()
-        self.prompts: Array | None = None
-        """[P, width], for a network that takes them."""
-        self.tag: object = None
-        """What the weights came with."""
-        self.holds: LiveUpdate | None = None
-        """What was written last: the same again need not be."""
-        self._inputs = inputs
-        self._made: dict[Key, ort.InferenceSession] = {}
-
-    def run(self, key: Key, frames: Array) -> list[Array]:
-        """All outputs of the session with those outputs, which is made when first asked for."""
-        if key not in self._made:
-            self._made[key] = self._make(key)
-        made: list[Array] = self._made[key].run(None, dict(zip(self._inputs, (frames, self.prompts), strict=False)))
-        return made
-
-    @abstractmethod
-    def write(self, update: LiveUpdate) -> None:
-        """Change the weights of every session."""
-
-    def clear(self) -> None:
-        self._made.clear()
-
-    @abstractmethod
-    def _make(self, key: Key) -> ort.InferenceSession: ...
-
-
-class _RebuiltSessions(_Sessions):
-    """Ordinary sessions, of a graph whose weights were folded beforehand. Works with every provider."""
-
-    def __init__(
-        self, inputs: Sequence[str], graph: Callable[[Key], onnx.ModelProto], threads: int, provider: str
-    ) -> None:
-        super().__init__(inputs)
-        self._graph, self._threads, self._provider = graph, threads, provider
-
-    def write(self, update: LiveUpdate) -> None:
-        raise TypeError("these sessions are rebuilt, not written to")
-
-    def _make(self, key: Key) -> ort.InferenceSession:
-        return make_session(self._graph(key), self._threads, self._provider)
-
-
-class _LiveSessions(_Sessions):
-    """Sessions that read their weights from one bank of ours."""
-
-    def __init__(self, inputs: Sequence[str], graph: Callable[[Key], onnx.ModelProto], plan: _LivePlan) -> None:
-        super().__init__(inputs)
-        self._graph, self._plan = graph, plan
-        self._bank = Bank()
-        self._groups = 0
-        self._values: dict[tuple[str, Layout], ort.OrtValue] = {}
-
-    def write(self, update: LiveUpdate) -> None:
-        self._bank.write(update)
-        self.prompts = update.prompts
-
-    def clear(self) -> None:
-        super().clear()
-        self._values.clear()
-
-    def _make(self, key: Key) -> ort.InferenceSession:
-        optimised = self._plan.optimised(key, self._graph)
-        for group in self._plan.groups[self._groups :]:
-            for name, memory in self._bank.add(group).items():
-                self._values[name] = ort.OrtValue.ortvalue_from_numpy(memory)
-        self._groups = len(self._plan.groups)
-        options = session_options(self._plan.threads)
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if not self._plan.pack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        for place, name in optimised.places.items():
-            options.add_initializer(place, self._values[name])
-        return ort.InferenceSession(optimised.graph, options, providers=[CPU])
-
-
-class _NotLiveError(EngineError):
-    """Why a graph's weights cannot be edited in place. A twin, made when first asked for, may be the first to tell."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what, remedy="build the engine with live=False, which rebuilds sessions at each change")
-
-
-@dataclass(frozen=True)
-class _Optimised:
-    """A graph as ONNX Runtime would run it on this machine, and which of its weights are live."""
-
-    graph: bytes
-    places: dict[str, tuple[str, Layout]]
-
-
-class _LivePlan:
-    """Where ONNX Runtime keeps each weight and in what layout: found once per graph, shared by all banks."""
-
-    def __init__(
-        self,
-        layers: tuple[LiveLayer, ...],
-        weights: dict[str, Array],
-        sites: dict[str, slice],
-        threads: int,
-    ) -> None:
-        self._layers, self._weights, self._sites, self.threads = layers, weights, sites, threads
-        # Packed copies of matrix weights would not see our edits. Convolutions are not packed, so that switching it off
-        # costs them nothing; a transformer keeps packing, and only its norms and biases are live.
-        self.pack = all(layer.op != "Conv" for layer in layers)
-        self.fixed = {layer.name for layer in layers if self.pack and layer.op in ("MatMul", "Gemm")}
-        self.groups: list[Group] = []
-        self._known: set[tuple[str, Layout]] = set()
-        self._graphs: dict[Key, _Optimised] = {}
-        self._lock = threading.Lock()
-
-    def optimised(self, key: Key, graph: Callable[[Key], onnx.ModelProto]) -> _Optimised:
-        """Raises: _NotLiveError naming the weight that was not found again."""
-        with self._lock:
-            if key not in self._graphs:
-                self._graphs[key] = self._optimise(graph(key))
-            return self._graphs[key]
-
-    def _optimise(self, model: onnx.ModelProto) -> _Optimised:
-        tags = self._tags()
-        tagged = onnx.ModelProto()
-        tagged.CopyFrom(model)
-        set_initializers(tagged.graph, tags)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimised.onnx"
-            make_session(tagged, self.threads, CPU, optimised=path)
-            optimised = onnx.load(path)
-        stored = initializers(optimised.graph)
-        places: dict[str, tuple[str, Layout]] = {}
-        fresh: list[LiveTensor] = []
-        for layer in self._layers:
-            for role, name in (("weight", layer.weight), ("bias", layer.bias)):
-                if name not in tags:
-                    continue
-                found = _find(tags[name], stored)
-                if not found and name in _read(model.graph):
-                    raise _NotLiveError(f"{name} of {layer.name} was not found in the optimised graph")
-                for place, layout in found.items():
-                    places[place] = name, layout
-                    if (name, layout) not in self._known:
-                        self._known.add((name, layout))
-                        site = self._sites.get(layer.name)
-                        fresh.append(LiveTensor(name, layer.name, role, layout, self._weights[name], site))
-        fixed = {layer.weight: self._weights[layer.weight] for layer in self._layers if layer.name in self.fixed}
-        if fixed.keys() - stored.keys():
-            raise _NotLiveError(f"{min(fixed.keys() - stored.keys())} was rewritten by the optimiser")
-        set_initializers(optimised.graph, fixed)
-        self.groups.extend(grouped(fresh))
-        return _Optimised(optimised.SerializeToString(), places)
-
-    def _tags(self) -> dict[str, Array]:
-        """Weights that occur once: no two tensors alike, and no zero that an optimiser could remove."""
-        rng = np.random.default_rng(0)
-        names = [
-            name
-            for layer in self._layers
-            for name in (None if layer.name in self.fixed else layer.weight, layer.bias)
-            if name
-        ]
-        return {name: rng.uniform(0.5, 1.5, self._weights[name].shape).astype(np.float32) for name in names}
-
-
-def _read(graph: onnx.GraphProto) -> set[str]:
-    return {name for node in graph.node for name in node.input}
-
-
-def _find(tag: Array, stored: dict[str, Array]) -> dict[str, Layout]:
-    """Every place where the optimiser put a tagged weight, and how."""
-    places = {}
-    for place, array in stored.items():
-        if array.dtype == tag.dtype and array.size >= tag.size and array.ndim:
-            layout = find_layout(tag, array)
-            if layout is not None:
-                places[place] = layout
-    return places
-
-
-def session_options(threads: int) -> ort.SessionOptions:
-    """Options that every session here shares, the bare one of the benchmark too."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # A spinning thread beside a busy neighbour costs more than it saves.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def make_session(
-    model: onnx.ModelProto | Path, threads: int, provider: str = CPU, *, optimised: Path | None = None
-) -> ort.InferenceSession:
-    """An ordinary session. Raises: EngineError if the graph is refused or the provider is not the one asked for."""
-    options = session_options(threads)
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    try:
-        session = ort.InferenceSession(source, options, providers=[provider])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise EngineError(
-            f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", remedy="run `edge-adapt check` on it"
-        ) from error
-    used = session.get_providers()
-    if provider not in used:
-        raise EngineError(
-            f"ONNX Runtime was asked for {provider} and would use {used[0]} instead",
-            remedy="install the matching onnxruntime build and driver, or ask for CPUExecutionProvider",
-        )
-    return session

@@ -40,6 +40,8 @@ def step_on(host: Method[Any], state: Any, seen: Observation, rows: Array, fallb
     if rows.all():
         return host.step(state, seen)
     step: Step[Any] = host.step(state, picked(seen, rows)) if rows.any() else Step(state)
+    if step.aside is not None:
+        step = replace(step, aside=scattered(step.aside, rows, 0.0))
     if step.logits is None:
         return replace(step, logits=fallback) if host.answers else step
     return replace(

@@ -1,4 +1,8 @@
-"""A strange single frame is not learned from; strange frames one after the other are another domain, and are."""
+"""A strange frame among others is not learned from; where most frames are strange, it is another domain, and they are.
+
+Strange is relative: a frame's taps are compared with where the bulk of the frames of its time lies, and how far from
+there they usually are. So a domain that is far from source has its own strangers, also while every third frame is one.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,24 @@ Array = NDArray[Any]
 
 STRANGE = "guard: strange frame"
 
-WARM = 16
-"""Frames of a domain before any of them can be strange."""
+FEWEST, FIRST = 8, 32
+"""Frames of a domain before any of them can be strange, and until then and so many it is judged by all of them."""
 MEMORY = 64
 """Frames over which the usual is averaged."""
-FACTOR, DEVIATIONS = 10.0, 6.0
-"""Strange is a distance both so many times the usual, and so many mean deviations of its logarithm above it."""
+BULK = 0.6
+"""Share of the frames that is surely of the domain: they say where it lies."""
+MIDDLE, NEAR, STEP = 0.35, 0.07, 1.1
+"""Quantiles of all distances that are about the median and the nearest tenth of the domain's own if three in ten frames
+are foreign, and how many standard deviations of a normal distribution they are apart if none is."""
+NARROW = 0.2
+"""Least standard deviation of a log distance."""
+ASIDE, SURE = 2.0, 4.0
+"""So many standard deviations above the middle a frame is not learned from, and is told to be strange."""
+LAST, SELDOM, CHANCE = 8, 0.1, 3.2
+"""Frames that are another domain if more of them lie aside than by chance: so many deviations of a binomial distribution
+above the usual share of frames aside, which is taken as `SELDOM` at least."""
+HALF = 0.5
+"""Doubt from which several frames are looked at."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +45,21 @@ class Usual:
     """What frames of this domain are like."""
 
     mean: Array
-    """[channels], mean of the frames' tap means."""
-    level: float = 0.0
-    """Mean log distance of a frame from it."""
-    deviation: float = 0.5
-    """Mean absolute deviation of that."""
-    count: int = 0
-    """Frames in these averages, at most `MEMORY`."""
-    run: int = 0
-    """Strange frames in a row, up to now."""
+    """[channels], mean of the tap means of those that are not strange."""
+    distances: Array
+    """[n], log distances of the last frames, strange ones too, at most `MEMORY`."""
+    first: Array
+    """[n, channels], tap means of the domain's first frames, until there are `FIRST`; then empty."""
+    aside: Array
+    """[n] bool, which of the last frames were not learned from, at most `MEMORY`."""
+
+    @property
+    def doubt(self) -> float:
+        """How many of the last frames lie aside, as a share of how many make another domain; 1 and more is one."""
+        last, before = self.aside[-LAST:], self.aside[:-LAST]
+        usual = max(SELDOM, float(before.mean())) if len(before) >= LAST else SELDOM
+        limit = np.ceil(LAST * usual + CHANCE * np.sqrt(LAST * usual * (1 - usual)))
+        return float(last.sum() / min(limit, LAST))
 
 
 class Strange(Wrapper[Usual]):
@@ -53,57 +75,74 @@ class Strange(Wrapper[Usual]):
         self.variance = np.square(spread.astype(np.float64)) + 1e-6
 
     def start(self) -> Usual:
-        return Usual(np.zeros_like(self.variance))
+        channels = len(self.variance)
+        return Usual(np.zeros(channels), np.zeros(0), np.zeros((0, channels), np.float32), np.zeros(0, bool))
 
     def look(self, state: Wrapped[Usual], frames: int, passed: int) -> int:
         wanted = super().look(state, frames, passed)
-        return max(1, wanted) if state.own.run and self.host.needs else wanted
+        if not self.host.needs or not state.own.aside[-1:].any():
+            return wanted
+        return max(wanted, min(LAST if state.own.doubt >= HALF else 1, frames))
 
     def step(self, state: Wrapped[Usual], seen: Observation) -> Step[Wrapped[Usual]]:
         if TAPS not in self.needs or seen.taps is None:
             return super().step(state, seen)
-        means = seen.taps[0]
-        odd = self._odd(state.own, means)
-        strange, events = int(odd.sum()), ()  # type: tuple[int, tuple[str, ...]]
-        usual = state.own
-        if strange and strange * 2 >= len(odd) and strange + usual.run >= 2:
-            odd, usual = np.zeros_like(odd), self.start()  # another domain
-        elif strange:
-            usual, events = replace(usual, run=usual.run + strange), (STRANGE,) * strange
+        usual, above = self._judged(state.own, seen.taps[0])
+        if usual.doubt >= 1:
+            usual, above = self._judged(self.start(), seen.taps[0])  # another domain
+        rows = above <= ASIDE
+        fallback = np.zeros((len(rows), 0)) if seen.logits is None else seen.logits
+        step = step_on(self.host, state.host, seen, rows, fallback)
+        events = (STRANGE,) * int((above > SURE).sum())
+        aside = None if rows.all() else ~rows
+        return replace(step, state=Wrapped(step.state, usual), events=(*events, *step.events), aside=aside)
+
+    def _judged(self, usual: Usual, means: Array) -> tuple[Usual, Array]:
+        """With more frames [n, channels], and how far above the usual each is, in standard deviations; -inf unless it
+        is finite."""
+        settled = len(usual.distances) and not len(usual.first)
+        if settled:
+            distances = log_distances(means, usual.mean, self.variance)
+            known = np.concatenate([usual.distances, distances])[-MEMORY:]
+            above = strangeness(distances, known)
+            kept = means[above <= ASIDE]
+            mean = usual.mean + len(kept) / MEMORY * (kept.mean(axis=0) - usual.mean) if len(kept) else usual.mean
+            usual = replace(usual, mean=mean, distances=known)
         else:
-            usual = replace(usual, run=0)
-        fallback = np.zeros((len(odd), 0)) if seen.logits is None else seen.logits
-        step = step_on(self.host, state.host, seen, ~odd, fallback)
-        usual = self._seen(usual, means[~odd])
-        return replace(step, state=Wrapped(step.state, usual), events=(*events, *step.events))
+            block = np.concatenate([usual.first, means.astype(np.float32)])
+            known, mean = among_themselves(block, self.variance)
+            above = strangeness(known, known)[-len(means) :]
+            if len(block) < FEWEST:
+                above = np.zeros_like(above)
+            enough = len(block) >= FIRST
+            usual = Usual(mean, known[-MEMORY:], block[:0] if enough else block, usual.aside)
+        return replace(usual, aside=np.concatenate([usual.aside, above > ASIDE])[-MEMORY:]), above
 
-    def distance(self, usual: Usual, means: Array) -> Array:
-        """[N], log of the mean squared distance of each frame's tap means from the usual; larger is stranger."""
-        made: Array = np.log((np.square(means - usual.mean) / self.variance).mean(axis=1) + 1e-9)
-        return made
 
-    def _odd(self, usual: Usual, means: Array) -> Array:
-        if usual.count < WARM:
-            return np.zeros(len(means), bool)
-        above = self.distance(usual, means) - usual.level
-        odd: Array = above > max(np.log(FACTOR), DEVIATIONS * usual.deviation)
-        return odd
+def log_distances(means: Array, centre: Array, variance: Array) -> Array:
+    """[N], log of the mean squared distance of tap means [N, channels] from a centre, in units of `variance`."""
+    made: Array = np.log((np.square(means - centre) / variance).mean(axis=1) + 1e-9)
+    return made
 
-    def _seen(self, usual: Usual, means: Array) -> Usual:
-        """Take frames into the averages, exactly while there are few."""
-        if not len(means):
-            return usual
-        count = min(usual.count + len(means), MEMORY)
-        share = min(1.0, len(means) / count)
-        mean = usual.mean + share * (means.mean(axis=0) - usual.mean)
-        if not usual.count:
-            return replace(usual, mean=mean, count=count)
-        distances = self.distance(usual, means)
-        level = usual.level if usual.level else float(distances.mean())
-        return replace(
-            usual,
-            mean=mean,
-            level=level + share * float(distances.mean() - level),
-            deviation=usual.deviation + share * (float(np.abs(distances - level).mean()) - usual.deviation),
-            count=count,
-        )
+
+def among_themselves(means: Array, variance: Array, rounds: int = 4) -> tuple[Array, Array]:
+    """Log distances [N] of frames from where the bulk of them lies, and that place [channels].
+
+    A frame that says itself where the place is lies nearer to it than a new one would: that is put right.
+    """
+    centre = np.median(means, axis=0).astype(np.float64)
+    bulk = np.ones(len(means), bool)
+    for _ in range(rounds):
+        distances = log_distances(means, centre, variance)
+        bulk = distances <= np.quantile(distances, BULK)
+        centre = means[bulk].mean(axis=0, dtype=np.float64)
+    count = max(2, int(bulk.sum()))
+    distances = log_distances(means, centre, variance)
+    return distances + np.where(bulk, -2 * np.log(1 - 1 / count), -np.log(1 + 1 / count)), centre
+
+
+def strangeness(distances: Array, known: Array) -> Array:
+    """How many standard deviations log distances [N] are above the middle of the domain's own among `known` [M]."""
+    middle, near = np.quantile(known, [MIDDLE, NEAR])
+    made: Array = (distances - middle) / max((middle - near) / STEP, NARROW)
+    return made

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
+from edge_adapt.guards.rows import picked
 from edge_adapt.guards.trial import AGREE, EACH, Trial
 from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
@@ -122,9 +123,10 @@ class Watchdog(Wrapper[Watch]):
             seen = replace(seen.rehearse(seen.frames, given), rehearse=seen.rehearse)
         own = self._counted(state.own, seen)
         step = self.host.step(state.host, seen)
-        tried = self._is_due(own) and seen.rehearse is not None
+        kept = None if step.aside is None else ~step.aside
+        tried = self._is_due(own) and seen.rehearse is not None and (kept is None or bool(kept.any()))
         if tried:
-            own = replace(own, trial=self._evidence(own, step, given, seen, source))
+            own = replace(own, trial=self._evidence(own, *_without(kept, step, seen, source), given))
         made, events = self._followed(Wrapped(step.state, own)), step.events
         changed = made.own.full is not state.own.full
         if changed and not own.rest and not own.taught and self._leaps(made.own.full):
@@ -189,7 +191,7 @@ class Watchdog(Wrapper[Watch]):
         return own.since >= (HURRY if own.passes < WARY or own.recent.is_constant else PERIOD)
 
     def _evidence(
-        self, own: Watch, step: Step[Any], in_force: Delta, seen: Observation, source: Observation | None
+        self, own: Watch, step: Step[Any], seen: Observation, source: Observation | None, in_force: Delta
     ) -> Trial:
         """What these frames give with what was learned, without it, and with source, where that was not seen yet."""
         assert seen.rehearse is not None
@@ -284,6 +286,17 @@ def plain(delta: Delta) -> Delta:
 def _allowed(own: Watch) -> Delta:
     """What would be in force if nothing rested."""
     return own.plain if own.reliable < RELIABLE else own.full
+
+
+def _without(
+    kept: Array | None, step: Step[Any], seen: Observation, source: Observation | None
+) -> tuple[Step[Any], Observation, Observation | None]:
+    """The same of the frames that are `kept` [N]: a stranger is no evidence, whatever is answered to it."""
+    if kept is None:
+        return step, seen, source
+    logits, features = (None if part is None else part[kept] for part in (step.logits, step.features))
+    step = replace(step, logits=logits, features=features)
+    return step, picked(seen, kept), None if source is None else picked(source, kept)
 
 
 def _first(taps: tuple[Array, Array] | None) -> tuple[Array, Array] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
-from edge_adapt.methods.optim import AdamState, Tensors
+from edge_adapt.methods.optim import AdamState, Tensors, count_backward
 
 if TYPE_CHECKING:
     from edge_adapt.engines.step import CompiledStep
@@ -59,6 +59,7 @@ class GraphStep:
         shape = tuple(cut.shape)
         if shape not in self._compiled:
             self._compiled[shape] = self._compile(feeds)
+        count_backward()
         made = self._compiled[shape]({name: value.numpy() for name, value in feeds.items()})
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in made.items()}
         moved = AdamState(self._unpacked(tensors["next_first"]), self._unpacked(tensors["next_second"]), steps)

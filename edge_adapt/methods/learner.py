@@ -296,7 +296,7 @@ class Learner:
         if self._graph is None:
             norm = batch_statistics if self.settings.statistics == "batch" else None
             key = f"{type(self).__name__} {self.settings}"
-            self._graph = GraphStep(self.tail, state.student, loss, betas=self.settings.betas, norm=norm, key=key)
+            self._graph = GraphStep(self.tail.near, state.student, loss, betas=self.settings.betas, norm=norm, key=key)
         if isinstance(self._graph, str):
             return None
         try:

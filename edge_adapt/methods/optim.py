@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class Tally:
+    """What was counted so far."""
+
+    backward: int = 0
+    """Passes backward through the tail."""
+
+
+_tally: ContextVar[Tally | None] = ContextVar("backward passes", default=None)
+
+
+@contextmanager
+def tallied() -> Iterator[Tally]:
+    """Count the backward passes of this thread."""
+    tally = Tally()
+    token = _tally.set(tally)
+    try:
+        yield tally
+    finally:
+        _tally.reset(token)
+
+
+def count_backward() -> None:
+    """Tell whoever counts that a backward pass was made."""
+    tally = _tally.get()
+    if tally is not None:
+        tally.backward += 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +102,7 @@ def sgd(
 def gradients_of(loss: Tensor, values: Tensors) -> dict[str, Tensor]:
     """d loss / d value for every value; zero where the loss does not depend on it."""
     names = list(values)
+    count_backward()
     found = torch.autograd.grad(loss, [values[name] for name in names], allow_unused=True)
     return {
         name: torch.zeros_like(values[name]) if gradient is None else gradient

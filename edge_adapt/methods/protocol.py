@@ -100,6 +100,8 @@ class Step(Generic[S]):
     """[N, D], what the head was given for `logits`, from a method that answers itself."""
     again: bool = False
     """True if these frames are worth answering again with what was learned, where the answers have not left yet."""
+    aside: Array | None = None
+    """[N] bool, frames that a guard found too strange to learn from; None if there is none."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,12 @@ class Predictor:
         """Number of the change that put it in force."""
         return self._in_force.version
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine answers in another way than was asked for; None while all is well."""
+        found: str | None = getattr(self.engine, "trouble", None)
+        return found
+
     def answer(self, frames: Array, *, features: bool = False) -> Answered:
         """Logits [N, K], and features [N, D] if asked for, with the delta in force."""
         self.passes += len(frames)

@@ -31,6 +31,7 @@ from agents import (
 )
 
 from device_agents.agent import Agent
+from edge_adapt import far
 from edge_adapt.methods import tent
 from edge_adapt.streams.live.protocol import Frame, SourceLostError
 
@@ -184,6 +185,38 @@ def test_a_learner_that_gets_no_memory_is_switched_off_and_answers_go_on(running
     assert told(agent, "MemoryError") or told(agent, "ArrayMemoryError")
     goes_on(agent, 200)
     assert agent.board.status.version == 0 and agent.board.status.restarts == 0
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("times", [2, 1000])
+def test_a_gpu_without_memory_costs_learning_and_no_answer(running, monkeypatch, times):
+    """R1, R4, R7: the tail finds the GPU full; a moment of it is got over, and for good means that learning is off."""
+    raised = []
+
+    class Starved(far.FarTail):
+        def __init__(self, bundle, device, memory_mb):
+            super().__init__(bundle, device="cpu")
+            self._far.with_features = self._or_starve(self._far.with_features)
+
+        def _or_starve(self, real):
+            def asked(*given, **facts):
+                if len(raised) < times:
+                    raised.append(1)
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return real(*given, **facts)
+
+            return asked
+
+    monkeypatch.setattr(far, "tail_on", Starved)
+    agent = running(budget=PLENTY, method={"name": "tent", "settings": {"window": 4}})
+    until(lambda: told(agent, "OutOfMemoryError"))
+    if times == 1000:
+        degraded(agent, "learning is off", within_s=20)
+    else:
+        until(lambda: len(raised) == times)
+        learned(agent)
+    goes_on(agent, 200)
+    assert agent.board.status.restarts == 0
 
 
 @pytest.mark.fault(25)
