@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.replay import Progress, check_labels, environment
+from benchmarks.environment import environment
+from benchmarks.replay import Progress, check_labels
 from benchmarks.scenarios import Shift, corrupted
 from edge_adapt.adapters.ssf import SSF
 from edge_adapt.bundle import Bundle

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.replay import Progress, check_labels, environment
+from benchmarks.environment import environment
+from benchmarks.replay import Progress, check_labels
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.errors import ConfigError, DataError

@@ -1,4 +1,4 @@
-"""`edge-adapt replay`, `demo` and `bench`: arguments and printing only."""
+"""`edge-adapt demo` and `bench`: arguments and printing only."""
 
 from __future__ import annotations
 
@@ -12,57 +12,14 @@ import typer
 
 from benchmarks.accuracy_cli import bench_accuracy
 from benchmarks.choice_cli import bench_choice
+from benchmarks.device_cli import bench_device
+from benchmarks.published_cli import bench_tables
 from benchmarks.routing_cli import bench_routing
 
 if TYPE_CHECKING:
     from benchmarks.replay import Progress
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one process.")
-
-
-def replay(
-    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
-    data: Annotated[str, typer.Option(help=".npz, image folder, sklearn:digits, or {har,usps,pacs,kws}:PATH")],
-    scenario: Annotated[str, typer.Option(help="continual, recurring, contaminated_30; see the README")] = "continual",
-    method: Annotated[str, typer.Option(help="one or more, with commas between")] = "source,moments",
-    batch_size: Annotated[int, typer.Option(help="frames that arrive together")] = 64,
-    limit: Annotated[int | None, typer.Option(help="frames of each shift")] = None,
-    severity: Annotated[int, typer.Option(help="1 to 5")] = 5,
-    seed: Annotated[int, typer.Option()] = 0,
-    corruption: Annotated[str | None, typer.Option(help="some of the fifteen, with commas between")] = None,
-    foreign: Annotated[str | None, typer.Option(help="images that contaminate, as for --data; None: noise")] = None,
-    router: Annotated[str, typer.Option(help="hdc or none: what chooses among the entries of a bank")] = "none",
-    engine: Annotated[str, typer.Option(help="onnxruntime or torch")] = "onnxruntime",
-    threads: Annotated[int, typer.Option()] = 1,
-    out: Annotated[Path | None, typer.Option(help="folder for results.json and report.html")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
-) -> None:
-    """Replay a stream through one or more methods, and compare them."""
-    from benchmarks.replay import Replay
-    from benchmarks.replay import replay as run
-    from edge_adapt.bundle import Bundle
-    from edge_adapt.streams.data import load_data
-    from edge_adapt.threads import one_thread
-
-    one_thread()
-    plan = Replay(
-        scenario=scenario,
-        methods=tuple(name.strip() for name in method.split(",") if name.strip()),
-        batch_size=batch_size,
-        limit=limit,
-        severity=severity,
-        seed=seed,
-        corruptions=tuple(corruption.split(",")) if corruption else None,
-        router=router,
-        engine=engine,
-        threads=threads,
-    )
-    loaded = Bundle.load(bundle)
-    classes = loaded.manifest.classes
-    others = None if foreign is None else load_data(foreign)
-    with progress_bar() as progress:
-        results = run(loaded, load_data(data, classes), plan, foreign=others, progress=progress)
-    publish(results, out, json_file)
 
 
 def demo(
@@ -98,8 +55,10 @@ def _bench() -> None:
 
 
 bench.command("choice")(bench_choice)
+bench.command("device")(bench_device)
 bench.command("routing")(bench_routing)
 bench.command("accuracy")(bench_accuracy)
+bench.command("tables")(bench_tables)
 
 
 @bench.command("latency")
@@ -328,10 +287,13 @@ def endurance(
 
 def publish(results: dict[str, Any], out: Path | None, json_file: Path | None) -> None:
     """Table on the terminal, files where they were asked for."""
+    from benchmarks.estimate import lines
     from benchmarks.report import write_report
     from benchmarks.table import print_table
 
     print_table(results)
+    for line in lines(results["rows"]):
+        typer.echo(line)
     if json_file is not None:
         write_json(json_file, results)
     if out is not None:

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import scenarios
-from benchmarks.replay import check_labels, environment
+from benchmarks.environment import environment
+from benchmarks.replay import check_labels
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine

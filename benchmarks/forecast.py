@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.replay import SCHEMA, environment
+from benchmarks.environment import environment
+from benchmarks.replay import SCHEMA
 from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.methods.adcsd import ADCSD, ADCSDConfig
 from exporters.onnx_from_torch import export_network

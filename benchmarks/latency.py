@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.replay import environment
-from edge_adapt.bundle import FULL, Bundle
+from benchmarks.environment import environment
+from edge_adapt.bundle import FULL, FULL_INT8, Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine, make_session
 from edge_adapt.merge import Merger
@@ -20,6 +20,8 @@ from edge_adapt.runtime.predictor import Predictor
 
 SCHEMA = 1
 CASES = ("bare", "engine", "engine_port_change", "taps_duty", "predictor")
+INT8_CASES = ("bare_int8",)
+"""Of an INT8 bundle besides; its `bare` is float32, so that every ratio is one to float32."""
 
 
 def latency(
@@ -33,6 +35,7 @@ def latency(
     """Time every case once per round, in turn, and compare medians.
 
     bare: an ordinary session on full.onnx, told to use as many threads as the engine.
+    bare_int8: the same on the INT8 graph, of a bundle that has one; the other cases then answer with it.
     engine: our engine on the same frames.
     engine_port_change: the same while a learner thread puts other ports in force for each batch; a round ends when
         batch and change are both done.
@@ -50,7 +53,8 @@ def latency(
     predictor = Predictor(bundle, OnnxRuntimeEngine(bundle, threads=threads))
     predictor.apply(deltas[0])
     period = MomentsConfig().period
-    times: dict[str, list[float]] = {name: [] for name in CASES}
+    bare_int8 = make_session(bundle.path / FULL_INT8, threads) if bundle.manifest.quantised else None
+    times: dict[str, list[float]] = {name: [] for name in (*CASES, *INT8_CASES * (bare_int8 is not None))}
     with ThreadPoolExecutor(1) as learner:
 
         def port_change(number: int) -> None:
@@ -70,6 +74,8 @@ def latency(
             "taps_duty": lambda number: duty(),
             "predictor": lambda number: predictor.answer(frames),
         }
+        if bare_int8 is not None:
+            cases["bare_int8"] = lambda number: bare_int8.run(None, feeds)
         predictor.look(frames, frozenset({TAPS}))
         for number in range(-2, rounds):  # two rounds to warm up
             for name, case in cases.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.replay import environment
+from benchmarks.environment import environment
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine

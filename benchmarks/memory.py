@@ -14,16 +14,17 @@ class PeakMemory:
     """What has been needed above plain inference since it was made.
 
     Args:
-        plain_inference: run once or more before the mark is set, so that its own memory is below the mark.
+        plain_inference: its own peak is what others are compared with.
     """
 
     def __init__(self, plain_inference: Callable[[], object]) -> None:
         gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
-            plain_inference()
             CLEAR.write_text("5")  # resets the high-water mark
-            self._start: float | None = _status("VmRSS")
+            plain_inference()
+            self._start: float | None = _status("VmHWM")
+            CLEAR.write_text("5")
         except (OSError, AttributeError, KeyError):
             self._start = None
 

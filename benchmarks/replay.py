@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import scenarios
+from benchmarks.costs import Energy, Kept, PlainInference
+from benchmarks.environment import environment
+from benchmarks.estimate import Estimated
 from benchmarks.memory import PeakMemory
+from benchmarks.replayed import BASELINE
 from benchmarks.scenarios import Scenario, Shift
 from benchmarks.scenarios.foreign import NOISE, foreign_images
 from benchmarks.score import Score
-from benchmarks.table import BASELINE
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.errors import ConfigError, DataError, did_you_mean
 from edge_adapt.methods.catalogue import ROUTER, build
+from edge_adapt.methods.optim import tallied
 from edge_adapt.methods.protocol import Context, Method
-from edge_adapt.plugins import ENGINES, find
+from edge_adapt.plugins import ENGINES, ROUTERS, find, names
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.loop import Answer, adapt
 from edge_adapt.runtime.predictor import Predictor
@@ -41,8 +40,10 @@ Progress = Callable[[str, int, int], None]
 
 SCHEMA = 1
 WARM_UP = 3
-NONE, HDC = "none", "hdc"
-"""Routers: none, or the bank of entries found by hyperdimensional descriptors of the taps."""
+PLAIN_SHARE = 60
+"""Plain inference is timed with one batch for so many of the stream, before it and after it."""
+NONE = "none"
+"""No router."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class Replay:
     """What chooses among the entries of a bank, around every method but source."""
     engine: str = "onnxruntime"
     threads: int = 1
+    estimate: bool = False
+    """Estimate the error as if there were no labels, also where there are: to compare both."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Method -> values for its config."""
 
@@ -74,8 +77,8 @@ class Replay:
             raise ConfigError(f"limit is {self.limit}, expected 1 or more", remedy="leave it out for all frames")
         if not self.methods:
             raise ConfigError("no method was given", remedy="name one or more, such as source,moments")
-        if self.router not in (NONE, HDC):
-            raise ConfigError(f"there is no router {self.router!r}", remedy=did_you_mean(self.router, (NONE, HDC)))
+        if self.router not in (routers := (NONE, *names(ROUTERS))):
+            raise ConfigError(f"there is no router {self.router!r}", remedy=did_you_mean(self.router, routers))
         for name in self.corruptions or ():
             if name not in CORRUPTIONS:
                 raise ConfigError(f"there is no corruption {name!r}", remedy=did_you_mean(name, CORRUPTIONS))
@@ -156,20 +159,36 @@ def _row(
     progress: Progress,
 ) -> dict[str, Any]:
     """One method over the whole stream; source is in force before and after."""
+    wanted = plan.estimate or all(shift.labels is None for shift in shifts)
+    told = Estimated(predictor.bundle, predictor.engine, method, preprocess) if wanted else None
     warm = preprocess(shifts[0].images[: plan.batch_size])
-
-    def plain_inference() -> None:
-        for _ in range(WARM_UP):
-            predictor.engine.run(warm)
-
-    memory = PeakMemory(plain_inference)
+    batches = sum(-(-len(shift.images) // plan.batch_size) for shift in shifts)
+    plain = PlainInference(predictor.engine, warm, rounds=max(WARM_UP, batches // PLAIN_SHARE))
+    kept = Kept(method if told is None else told.method)
+    passes = predictor.passes
+    memory = PeakMemory(plain)
     score = Score(name, shifts)
-    for frames, answer in _run(predictor, method, scenario, shifts, plan, preprocess):
-        score.add(frames, answer)
-        progress(name, score.frames, score.total)
-    row = score.row(memory.extra_mb, predictor.passes)
+    started = time.perf_counter()
+    with tallied() as tally, Energy() as energy:
+        prepare = preprocess if told is None else told.preprocess
+        for frames, answer in _run(predictor, cast("Method[Any]", kept), scenario, shifts, plan, prepare):
+            score.add(frames, answer)
+            if told is not None:
+                told.add()
+            progress(name, score.frames, score.total)
+    elapsed_s = time.perf_counter() - started
+    costs = {
+        "extra_mb": memory.extra_mb,
+        "passes": predictor.passes - passes,
+        "backward_passes": tally.backward,
+        "state_bytes": kept.state_bytes,
+        "energy_j": None if energy.joules is None else round(energy.joules, 3),
+        "overhead": round(max(0.0, 1 - score.worked_s / elapsed_s), 4),
+    }
     predictor.apply(Delta.source())
-    return row
+    plain()
+    row = score.row({**costs, "plain_ms": round(plain.ms, 4), "time": round(score.mean_ms / plain.ms, 3)})
+    return row if told is None else {**row, **told.row()}
 
 
 def _run(
@@ -178,7 +197,7 @@ def _run(
     scenario: Scenario,
     shifts: Sequence[Shift],
     plan: Replay,
-    preprocess: Preprocess,
+    preprocess: Callable[[Array], Array],
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (frames, answer) for each batch; a batch never spans two shifts."""
 
@@ -246,46 +265,3 @@ def _lazy_tail(bundle: Bundle) -> Callable[[], Tail]:
         return made[0]
 
     return tail
-
-
-def environment(threads: int, engine: str) -> dict[str, Any]:
-    """Where figures come from: they mean nothing without."""
-    return {
-        "edge_adapt": version("edge-adapt"),
-        "engine": engine,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "onnxruntime": version("onnxruntime"),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _commit() -> str | None:
-    """Commit of a source checkout, with a mark if it is not clean; None for an installed package."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None

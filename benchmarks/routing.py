@@ -21,7 +21,8 @@ from edge_adapt.routing import scores
 from edge_adapt.routing.codes import packed
 from edge_adapt.routing.encoder import Encoder
 from edge_adapt.streams.corruptions import CORRUPTIONS, corrupt
-from edge_adapt.streams.data import archive, image_folder
+from edge_adapt.streams.data import archive
+from edge_adapt.streams.folders import images_in_order
 from edge_adapt.taps import normalised
 
 Array = NDArray[Any]
@@ -236,7 +237,7 @@ def foreign_images(plan: Plan) -> Iterator[tuple[str, Array]]:
     rng = np.random.default_rng(plan.seed)
     yield "uniform_noise", rng.integers(0, 256, (1000, *size, 3), dtype=np.uint8)
     yield "gaussian_noise", np.clip(rng.normal(128, 64, (1000, *size, 3)), 0, 255).astype(np.uint8)
-    images = image_folder(plan.data_root / "imagenet_1k_samples", None).images
+    images = images_in_order(plan.data_root / "imagenet_1k_samples").images
     assert images is not None
     yield "imagenet", np.stack([resized(image, size) for image in images])
     with np.load(plan.data_root / "cifar100_subset_3k.npz", allow_pickle=False) as file:

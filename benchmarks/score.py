@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Score:
         self._events: list[dict[str, Any]] = []
         self._entries: list[dict[str, Any]] = []
         self._looked = 0
+        self._worked_s = 0.0
         self._started = time.perf_counter()
 
     def add(self, frames: int, answer: Answer) -> None:
@@ -41,6 +42,7 @@ class Score:
         part = slice(self.frames, self.frames + frames)
         expected = self._expected[part]
         self._wrong[part] = np.where(expected < 0, np.nan, answer.logits.argmax(axis=1) != expected)
+        self._worked_s += answer.answer_s + answer.learn_s
         self._answer.append(answer.answer_s * 1e3 / frames)
         self._learn.append(answer.learn_s * 1e3 / frames)
         self._tell(answer.events)
@@ -56,8 +58,18 @@ class Score:
             if not self._entries or self._entries[-1]["entry"] != entry:
                 self._entries.append({"frame": self.frames, "entry": entry})
 
-    def row(self, extra_mb: float | None, passes: int) -> dict[str, Any]:
-        """The method's row of results.json."""
+    @property
+    def worked_s(self) -> float:
+        """Seconds of answering and learning."""
+        return self._worked_s
+
+    @property
+    def mean_ms(self) -> float:
+        """Milliseconds of answering and learning a frame."""
+        return self._worked_s * 1e3 / self.frames
+
+    def row(self, costs: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's row of results.json; `costs` are those that are measured around it."""
         errors = self._errors()
         return {
             "method": self.method,
@@ -65,10 +77,9 @@ class Score:
             "errors": errors,
             "answer_ms": _milliseconds(self._answer),
             "learn_ms": _milliseconds(self._learn),
-            "extra_mb": extra_mb,
+            **costs,
             "frames": self.frames,
             "looked": self._looked,
-            "passes": passes,
             "seconds": round(time.perf_counter() - self._started, 2),
             "timeline": self._timeline() if errors else {"frames": [], "error": []},
             "visits": list(self._visits()) if errors else [],

@@ -72,14 +72,24 @@ def skipped(out: Path, board: str) -> dict[str, str]:
 
 def write(out: Path) -> None:
     """Write the tables and the plot beside the results. Raises: DataError if there are none."""
+    write_atomically(out / TABLE, page(out).encode())
+    draw(_boards(out), out / PLOT)
+
+
+def page(out: Path) -> str:
+    """All tables as Markdown. Raises: DataError if there are no results."""
+    boards = _boards(out)
+    parts = ["# Methods", overview(boards), f"![error against time]({PLOT})"]
+    parts += [_board(board, rows, skipped(out, board)) for board, rows in boards.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _boards(out: Path) -> dict[str, list[Summary]]:
     boards = {board: summaries(out, board) for board in BOARDS}
     boards = {board: rows for board, rows in boards.items() if rows}
     if not boards:
         raise DataError(f"{out} holds no results", remedy="run `edge-adapt bench methods` first")
-    parts = ["# Methods", overview(boards), f"![error against time]({PLOT})"]
-    parts += [_board(board, rows, skipped(out, board)) for board, rows in boards.items()]
-    write_atomically(out / TABLE, ("\n\n".join(parts) + "\n").encode())
-    draw(boards, out / PLOT)
+    return boards
 
 
 def overview(boards: dict[str, list[Summary]]) -> str:
@@ -97,7 +107,7 @@ def overview(boards: dict[str, list[Summary]]) -> str:
 
     head = [["method", *boards], ["---", *("---:" for _ in boards)]]
     body = [[method, *(cell(board, method) for board in boards)] for method in methods]
-    return _table(head + body) + "\n\nMean error in per cent, and time in multiples of plain inference beside it."
+    return markdown(head + body) + "\n\nMean error in per cent, and time in multiples of plain inference beside it."
 
 
 def _board(board: str, rows: Sequence[Summary], missing: dict[str, str]) -> str:
@@ -111,12 +121,13 @@ def _board(board: str, rows: Sequence[Summary], missing: dict[str, str]) -> str:
         error = f"{row.error:.2f}" + (f" ± {row.spread:.2f}" if row.spread is not None else "")
         figures = (amount(value) for value in (row.time, row.learn_ms, row.passes, row.extra_mb))
         lines.append([row.method, error, *figures, f"{row.worst:+.1f}"])
-    text = f"## {board}\n\n{facts.model}, {mode}{warm}; {where}, batches of {facts.batch_size}.\n\n{_table(lines)}"
+    text = f"## {board}\n\n{facts.model}, {mode}{warm}; {where}, batches of {facts.batch_size}.\n\n{markdown(lines)}"
     reasons = "\n".join(f"- {method}: {reason}" for method, reason in missing.items())
     return f"{text}\n\n{reasons}" if reasons else text
 
 
-def _table(lines: Iterable[Sequence[str]]) -> str:
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """Lines of cells as a table; the second line says how columns are aligned."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

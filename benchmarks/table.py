@@ -1,188 +1,26 @@
-"""Results of a replay: read and checked once (`Results`), shown as a table on a terminal or as Markdown."""
+"""Results of a replay, shown as a table on a terminal or as Markdown."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from edge_adapt.errors import ConfigError
+from benchmarks.replayed import BASELINE, Results, Row, difference, read_results
 
 WIDTH = 100
 """Columns that a printed table takes at most."""
-BASELINE = "source"
-"""The method that every other is compared with: the frozen network."""
 HARM = 0.5
 """Points of error above source from which a method is said to do harm; less is noise."""
 NOTHING = "–"  # noqa: RUF001
 """Stands where a number is not known."""
-
-
-def _printable(name: str) -> str:
-    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    return shown.strip() or "unnamed"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and isfinite(value) else None
-
-
-Name = Annotated[str, AfterValidator(_printable)]
-"""What may come from a file's name or a plug-in: control characters would break a terminal and an SVG."""
-Number = Annotated[float | None, AfterValidator(_finite)]
-"""Null where it was not measured; JSON written by Python may hold NaN, which is no number either."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Shift(_Part):
-    """One stretch of the stream. The same name may come again later."""
-
-    name: Name
-    start: int
-    frames: int = Field(ge=0)
-    domains: tuple[Name, ...] = ()
-    """What its frames are of, where that is not the name."""
-    domain: tuple[int, ...] = ()
-    """Index of each frame's domain, where there are several."""
-    genuine: int | None = None
-    """Frames that are scored, where others are foreign."""
-
-    @model_validator(mode="after")
-    def _each_frame_has_a_domain(self) -> Shift:
-        if self.domain and (len(self.domain) != self.frames or not set(self.domain) <= set(range(len(self.domains)))):
-            raise ValueError(f"domain of {self.name} holds no index of its domains for each frame")
-        return self
-
-
-class Times(_Part):
-    """Milliseconds per frame."""
-
-    p50: Number = None
-    p99: Number = None
-    mean: Number = None
-
-
-class Timeline(_Part):
-    """Error in per cent over consecutive windows; `frames` counts the frames seen at each window's end."""
-
-    frames: tuple[int, ...] = ()
-    error: tuple[Number, ...] = ()
-
-
-class Event(_Part):
-    """Something that a method reported when it had seen this many frames."""
-
-    frame: int
-    name: Name
-
-
-class Visit(_Part):
-    """A stretch of a shift that comes more than once; `error` in per cent for each 64 frames of it."""
-
-    name: Name
-    start: int
-    frames: int = Field(ge=0)
-    error: tuple[Number, ...] = ()
-
-
-class Entry(_Part):
-    """The entry of the bank that answers from this frame on."""
-
-    frame: int = Field(ge=0)
-    entry: Name
-
-
-class Row(_Part):
-    """One method. Errors in per cent, null for a stream without labels."""
-
-    method: Name
-    error_mean: Number
-    errors: dict[Name, Number]
-    answer_ms: Times = Times()
-    learn_ms: Times = Times()
-    extra_mb: Number = None
-    frames: int = 0
-    seconds: Number = None
-    timeline: Timeline = Timeline()
-    visits: tuple[Visit, ...] = ()
-    events: tuple[Event, ...] = ()
-    entries: tuple[Entry, ...] = ()
-
-
-class Bundle(_Part):
-    """The network that was replayed."""
-
-    name: Name
-    id: Name = ""
-
-
-class Results(_Part):
-    """What results.json holds."""
-
-    version: Literal[1] = Field(alias="schema")
-    scenario: Name
-    data: Name
-    bundle: Bundle
-    settings: dict[Name, Any] = Field(default_factory=dict)
-    environment: dict[Name, Any] = Field(default_factory=dict)
-    shifts: tuple[Shift, ...]
-    rows: tuple[Row, ...] = Field(min_length=1)
-
-    @property
-    def source(self) -> Row | None:
-        """The row of the frozen network, if it was run."""
-        return next((row for row in self.rows if row.method == BASELINE), None)
-
-    @property
-    def shift_names(self) -> list[str]:
-        """Every shift with an error or a place in the stream, once, in order; the domains of one that has several."""
-        names = [name for shift in self.shifts for name in (shift.domains if shift.domain else (shift.name,))]
-        return list(dict.fromkeys(names + [name for row in self.rows for name in row.errors]))
-
-    @property
-    def foreign(self) -> int:
-        """Frames that are not scored, since they are none of the task's."""
-        return sum(shift.frames - shift.genuine for shift in self.shifts if shift.genuine is not None)
-
-    def harm(self, row: Row, shift: str) -> float | None:
-        """Points of error by which a method is above source on one shift; below zero it helps."""
-        return difference(row.errors.get(shift), self.source.errors.get(shift) if self.source else None)
-
-
-def read_results(results: Mapping[str, Any] | Results) -> Results:
-    """Check a results dict.
-
-    Raises:
-        ConfigError: something in it is missing or of the wrong type, or it has another schema.
-    """
-    if isinstance(results, Results):
-        return results
-    try:
-        return Results.model_validate(dict(results))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(
-            f"results: {where!r} is {str(first['input'])[:80]!r}: {first['msg']}",
-            remedy="run the benchmark again with this version of edge-adapt, which writes schema 1",
-        ) from error
-
-
-def difference(value: float | None, reference: float | None) -> float | None:
-    """`value - reference`, where both are known."""
-    return None if value is None or reference is None else value - reference
 
 
 def per_cent(value: float | None) -> str:
@@ -222,13 +60,14 @@ class Metric:
     harm: frozenset[int]
 
 
-def _metric(
+def measured(
     name: str,
     kind: Literal["error", "shift", "cost"],
     values: Sequence[float | None],
     show: Callable[[float | None], str],
     harm: Sequence[float | None] = (),
 ) -> Metric:
+    """Cells and what stands out among them; `harm` holds the points above source."""
     cells = tuple(show(value) for value in values)
     known = sorted({value for value in values if value is not None})
     low, high = (show(known[0]), show(known[-1])) if known else ("", "")
@@ -246,15 +85,15 @@ def error_metrics(results: Results) -> list[Metric]:
     reference = results.source.error_mean if results.source else None
     against = [difference(mean, reference) for mean in means]
     return [
-        _metric("mean error", "error", means, per_cent, against),
-        _metric("vs source", "error", against, points, against),
+        measured("mean error", "error", means, per_cent, against),
+        measured("vs source", "error", against, points, against),
     ]
 
 
 def shift_metrics(results: Results) -> list[Metric]:
     """The error on every shift."""
     return [
-        _metric(
+        measured(
             *(name, "shift", [row.errors.get(name) for row in results.rows], per_cent),
             [results.harm(row, name) for row in results.rows],
         )
@@ -262,16 +101,48 @@ def shift_metrics(results: Results) -> list[Metric]:
     ]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Something that a method takes."""
+
+    name: str
+    head: str
+    """Of its column."""
+    of: Callable[[Row], float | None]
+    group: str = ""
+    """What columns beside each other share."""
+    always: bool = False
+    """Whether it is shown where nobody knows it."""
+
+
+def _a_frame(count: float | None, row: Row) -> float | None:
+    return None if count is None or not row.frames else count / row.frames
+
+
+COSTS = (
+    Cost("time x", "Time\n×", lambda row: row.time),  # noqa: RUF001
+    Cost("answer p50 ms", "p50", lambda row: row.answer_ms.p50, "Answer, ms/frame", always=True),
+    Cost("answer p99 ms", "p99", lambda row: row.answer_ms.p99, "Answer, ms/frame", always=True),
+    Cost("learn p50 ms", "p50", lambda row: row.learn_ms.p50, "Learn, ms/frame", always=True),
+    Cost("learn p99 ms", "p99", lambda row: row.learn_ms.p99, "Learn, ms/frame", always=True),
+    Cost("trunk passes", "trunk", lambda row: _a_frame(row.passes, row), "Passes/frame"),
+    Cost("backward passes", "back", lambda row: _a_frame(row.backward_passes, row), "Passes/frame"),
+    Cost("extra MB", "Extra\nMB", lambda row: row.extra_mb, always=True),
+    Cost("state kB", "State\nkB", lambda row: None if row.state_bytes is None else row.state_bytes / 1e3),
+    Cost("energy J", "Energy\nJ", lambda row: row.energy_j),
+)
+
+
+def costs_of(rows: Iterable[Row]) -> list[Cost]:
+    """The costs that there is something to say about."""
+    known = list(rows)
+    return [cost for cost in COSTS if cost.always or any(cost.of(row) is not None for row in known)]
+
+
 def cost_metrics(results: Results) -> list[Metric]:
-    """What a method takes: milliseconds per frame, memory beyond source's."""
+    """What a method takes: time in milliseconds a frame, passes a frame, memory beyond source's."""
     rows = results.rows
-    return [
-        _metric("answer p50 ms", "cost", [row.answer_ms.p50 for row in rows], amount),
-        _metric("answer p99 ms", "cost", [row.answer_ms.p99 for row in rows], amount),
-        _metric("learn p50 ms", "cost", [row.learn_ms.p50 for row in rows], amount),
-        _metric("learn p99 ms", "cost", [row.learn_ms.p99 for row in rows], amount),
-        _metric("extra MB", "cost", [row.extra_mb for row in rows], amount),
-    ]
+    return [measured(cost.name, "cost", [cost.of(row) for row in rows], amount) for cost in costs_of(rows)]
 
 
 def print_table(results: Mapping[str, Any] | Results, console: Console | None = None) -> None:

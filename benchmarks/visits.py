@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.table import Row, Visit
+from benchmarks.replayed import Row, Visit
 
 BLOCK = 64
 """Frames of one error within a visit."""

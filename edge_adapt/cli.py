@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from importlib.metadata import entry_points
 from typing import Any
 
 import typer
 
 from edge_adapt.errors import EdgeAdaptError
-from edge_adapt.plugins import COMMANDS
+from edge_adapt.plugins import COMMANDS, find, names, sound
 
 INTERRUPTED, WRONG = 130, 2
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -30,14 +29,17 @@ def build(asked: str | None = None) -> typer.Typer:
         help="Continual test-time adaptation for edge devices.",
     )
     app.callback()(lambda: None)  # without it a single command would lose its name
-    points = sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
-    for point in [point for point in points if point.name == asked] or points:
-        command = point.load()
+    for name, command in _commands(asked).items():
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=point.name)
+            app.add_typer(command, name=name)
         else:
-            app.command(point.name)(command)
+            app.command(name)(command)
     return app
+
+
+def _commands(asked: str | None) -> dict[str, Any]:
+    """By name: the one that was called, or all that can be loaded."""
+    return {asked: find(COMMANDS, asked)} if asked is not None and asked in names(COMMANDS) else sound(COMMANDS)
 
 
 def main() -> None:

@@ -94,7 +94,11 @@ def parse_config(text: str | bytes, model: type[M], where: str, *, folder: Path 
 
 def parse_document(text: str | bytes, model: type[M], where: str, *, folder: Path | None = None) -> Document[M]:
     """`parse_config`, with the lines of the settings."""
-    found = read(text)
+    return validated(read(text), model, where, folder=folder)
+
+
+def validated(found: Located, model: type[M], where: str, *, folder: Path | None = None) -> Document[M]:
+    """`parse_document` of a text that was read already."""
     problems = list(found.problems)
     if not found.broken:
         try:

@@ -72,12 +72,44 @@ def resized(image: Array, resize: tuple[int, int]) -> Array:
     height, width = image.shape[:2]
     if min(height, width) != short and (height, width) != (crop, crop):
         ratio = short / min(height, width)
-        size = (max(short, round(width * ratio)), max(short, round(height * ratio)))
-        from PIL import Image  # not for frames that have the size already: a start waits for it
-
-        squeezed = image[..., 0] if image.shape[-1] == 1 else image
-        picture = Image.fromarray(squeezed).resize(size, Image.Resampling.BILINEAR)
-        image = np.asarray(picture).reshape(size[1], size[0], image.shape[-1])
+        image = _scaled(image, (max(short, round(width * ratio)), max(short, round(height * ratio))))
         height, width = image.shape[:2]
     top, left = (height - crop) // 2, (width - crop) // 2
     return image[top : top + crop, left : left + crop]
+
+
+def size_for(image: Array, spec: InputSpec) -> tuple[int, int]:
+    """Height and width that images like this one, [H, W, C], have to be given to `Preprocess`.
+
+    Its own where that is the network's. Elsewhere a square of the short side of the network's `resize`, from which
+    `Preprocess` cuts its crop; the network's own size where it has none.
+    """
+    height, width = image.shape[:2]
+    if spec.layout == "NCW" or len(spec.shape) != 3:
+        return height, width
+    own = (spec.shape[0], spec.shape[1]) if spec.layout == "NHWC" else (spec.shape[1], spec.shape[2])
+    if spec.resize is None or spec.layout == "NHWC" or (height, width) == own:
+        return own
+    return spec.resize[0], spec.resize[0]
+
+
+def covering(image: Array, size: tuple[int, int]) -> Array:
+    """An image [H, W, C] uint8 scaled until it covers (height, width); what sticks out is cut off evenly.
+
+    Bilinear, over as many pixels as it shrinks.
+    """
+    ratio = max(size[0] / image.shape[0], size[1] / image.shape[1])
+    if ratio != 1:
+        height, width = (round(side * ratio) for side in image.shape[:2])
+        image = _scaled(image, (max(size[1], width), max(size[0], height)))
+    top, left = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def _scaled(image: Array, size: tuple[int, int]) -> Array:
+    """[H, W, C] uint8 in another size, (width, height)."""
+    from PIL import Image  # not for frames that have the size already: a start waits for it
+
+    squeezed = image[..., 0] if image.shape[-1] == 1 else image
+    picture = Image.fromarray(squeezed).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(picture).reshape(size[1], size[0], image.shape[-1])

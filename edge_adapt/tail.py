@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.export.passes import move_to_device_pass
 
 from edge_adapt.bundle import TAIL, Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
@@ -65,8 +66,9 @@ class Tail:
     `parameters` maps the name of every weight and bias to its source value; do not modify them in place.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, *, device: str = "cpu") -> None:
+        """device: where its tensors are, those that it is given included. `far.FarTail` sends them there and back."""
+        self.bundle, self.device = bundle, torch.device(device)
         self._program = self._load()
         self.parameters: dict[str, Tensor] = {
             name: value.detach() for name, value in self._program.named_parameters()
@@ -76,8 +78,8 @@ class Tail:
         self.norms = tuple(site.name for site in sites)
         self._statistics = {
             site.name: (
-                torch.from_numpy(bundle.source[f"{site.name}.mean"].copy()),
-                torch.from_numpy(bundle.source[f"{site.name}.std"].copy()),
+                torch.tensor(bundle.source[f"{site.name}.mean"], device=self.device),
+                torch.tensor(bundle.source[f"{site.name}.std"], device=self.device),
             )
             for site in sites
             if site.kind == "batch_norm"
@@ -85,6 +87,11 @@ class Tail:
         self._epsilon = {
             name: (std.square() - self.buffers[f"{name}.running_var"]) for name, (_, std) in self._statistics.items()
         }
+
+    @property
+    def near(self) -> Tail:
+        """The tail on the CPU."""
+        return self
 
     @cached_property
     def layers(self) -> dict[str, TailLayer]:
@@ -148,7 +155,7 @@ class Tail:
         if isinstance(ports, Delta):
             if PORT_SCALE not in ports:
                 return {}
-            ports = torch.tensor(ports[PORT_SCALE]), torch.tensor(ports[PORT_SHIFT])
+            ports = port_tensors(ports, self.device)
         made: dict[str, Tensor] = {}
         for site in self.norms:
             place = self.bundle.slices[site]
@@ -164,7 +171,10 @@ class Tail:
         return made
 
     def _load(self) -> nn.Module:
-        program = load_program(self.bundle.path / TAIL).module()
+        exported = load_program(self.bundle.path / TAIL)
+        if self.device.type != "cpu":
+            exported = move_to_device_pass(exported, self.device)
+        program = exported.module()
         _return_features(program)
         return program
 
@@ -197,6 +207,11 @@ class Tail:
     def _hook(self, layer: str, x: Tensor, y: Tensor) -> Tensor:
         hook = self._hooks.get(layer)
         return y if hook is None else hook(x, y)
+
+
+def port_tensors(ports: Delta, device: torch.device) -> Ports:
+    """Scale and shift of a delta that has them."""
+    return torch.tensor(ports[PORT_SCALE], device=device), torch.tensor(ports[PORT_SHIFT], device=device)
 
 
 def batch_statistics(call: NormCall) -> Tensor:

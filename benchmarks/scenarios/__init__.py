@@ -26,9 +26,11 @@ from benchmarks.scenarios.labels import (
     mixed_domains_correlated,
 )
 from benchmarks.scenarios.stream import Frames, Scenario, Shift
+from benchmarks.scenarios.time import REPEATS, long, real, sensor_freeze
+from edge_adapt import plugins
 from edge_adapt.errors import ConfigError, did_you_mean
 
-__all__ = ["Frames", "SCENARIOS", "Scenario", "Shift", "corrupted", "get"]
+__all__ = ["Frames", "SCENARIOS", "Scenario", "Shift", "corrupted", "get", "names"]
 
 ORDERS: dict[Order, str] = {
     "forward": "the first class is the most frequent",
@@ -60,20 +62,42 @@ LABELS = (
     Scenario("label_shift", "continual, class frequencies drift, 100 to 1 at any time", label_shift),
     Scenario("burst", f"a few corruptions, each with {BURST} frames of one class halfway", burst, corruptions=FEW),
 )
+TIME = (
+    Scenario("long", f"continual, {REPEATS} times over", long),
+    Scenario("sensor_freeze", "continual, and now and then the sensor sticks at a frame, not scored", sensor_freeze),
+    Scenario("real", "a recording in order of time, nothing added, one shift for each stretch without a gap", real),
+)
 FOREIGN = tuple(
     Scenario(
-        f"contaminated_{percent}",
+        name,
         f"continual, and {percent} % of the frames are foreign and not scored",
         partial(contaminated, share=percent / 100),
         contaminated=True,
     )
-    for percent in (10, 30)
+    for name, percent in (("contaminated", 30), ("contaminated_10", 10), ("contaminated_30", 30))
 )
-SCENARIOS = {scenario.name: scenario for scenario in (*DOMAINS, *LABELS, *FOREIGN)}
+SCENARIOS = {scenario.name: scenario for scenario in (*DOMAINS, *LABELS, *TIME, *FOREIGN)}
+
+
+def names() -> list[str]:
+    """Every id: ours, and those that installed packages bring."""
+    return sorted({*SCENARIOS, *plugins.names(plugins.SCENARIOS)})
 
 
 def get(name: str) -> Scenario:
-    """Raises: ConfigError with the nearest names."""
-    if name not in SCENARIOS:
-        raise ConfigError(f"there is no scenario {name!r}", remedy=did_you_mean(name, SCENARIOS))
-    return SCENARIOS[name]
+    """A scenario by its id; nobody else can take one of ours.
+
+    Raises: ConfigError with the nearest ids, or if what a package registered is no scenario; EngineError if it cannot
+    be imported.
+    """
+    if name in SCENARIOS:
+        return SCENARIOS[name]
+    if name not in plugins.names(plugins.SCENARIOS):
+        raise ConfigError(f"there is no scenario {name!r}", remedy=did_you_mean(name, names()))
+    found = plugins.find(plugins.SCENARIOS, name)
+    if not isinstance(found, Scenario):
+        raise ConfigError(
+            f"scenario {name!r} is a {type(found).__name__}, expected benchmarks.scenarios.Scenario",
+            remedy="see the example under examples/",
+        )
+    return found

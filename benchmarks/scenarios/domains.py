@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from benchmarks.images import corrupt
 from benchmarks.scenarios.stream import Array, Shift, joined
 from edge_adapt.errors import DataError
-from edge_adapt.streams.corruptions import CORRUPTIONS, corrupt
+from edge_adapt.streams.corruptions import CORRUPTIONS
 from edge_adapt.streams.data import Dataset
 
 FEW = ("gaussian_noise", "fog", "contrast")

@@ -140,9 +140,7 @@ class Scenario:
         if self.contaminated:
             return self.shifts(data, severity, seed, names, foreign=foreign)
         if foreign is not None:
-            raise ConfigError(
-                f"scenario {self.name} mixes no foreign frames in", remedy="use contaminated_10 or contaminated_30"
-            )
+            raise ConfigError(f"scenario {self.name} mixes no foreign frames in", remedy="use contaminated")
         return self.shifts(data, severity, seed, names)
 
 

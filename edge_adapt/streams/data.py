@@ -1,18 +1,20 @@
-"""Frames and labels from where users keep them: NumPy archives, image folders, scikit-learn's digits."""
+"""Frames and labels from where users keep them: NumPy archives, folders, videos, scikit-learn's digits."""
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_adapt.errors import DataError
+
+if TYPE_CHECKING:
+    from edge_adapt.bundle import InputSpec
 
 Array = NDArray[Any]
 
@@ -34,6 +36,10 @@ class Dataset:
     labels: Array | None
     shifts: dict[str, Array] = field(default_factory=dict)
     shift_labels: dict[str, Array] = field(default_factory=dict)
+    ordered: bool = False
+    """True if the frames are in the order of time in which a camera or a sensor met them."""
+    gaps: tuple[int, ...] = ()
+    """Places in `images`, rising, before which some time was not recorded."""
 
     def __len__(self) -> int:
         """Frames of `images`, or of the first shift."""
@@ -48,22 +54,44 @@ class Dataset:
             None if self.labels is None else self.labels[part],
             {name: images[part] for name, images in self.shifts.items()},
             {name: labels[part] for name, labels in self.shift_labels.items()},
+            self.ordered and isinstance(part, slice) and (part.step or 1) > 0,
+            self._gaps_in(part),
         )
+
+    def _gaps_in(self, part: slice | Array) -> tuple[int, ...]:
+        """Where a slice of the frames has its gaps; a step leaves out frames everywhere, which is no gap."""
+        if not self.gaps or not isinstance(part, slice):
+            return ()
+        start, stop, step = part.indices(len(self))
+        places = (-(-(gap - start) // step) for gap in self.gaps if start < gap < stop) if step > 0 else ()
+        return tuple(dict.fromkeys(places))
 
     def labels_of(self, shift: str) -> Array | None:
         """Labels of one shift: its own, or those that all share."""
         return self.shift_labels.get(shift, self.labels)
 
 
-def load_data(source: str | Path, classes: Sequence[str] | None = None) -> Dataset:
+def load_data(
+    source: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    spec: InputSpec | None = None,
+    limit: int | None = None,
+) -> Dataset:
     """Read a data set.
 
     Args:
-        source: a .npz archive, a folder of images, the recording of an agent, `sklearn:digits`, or a data set that
-            `recorded.py` knows, such as `har:PATH` for its stream and `har-source:PATH` for what its model saw.
+        source: a .npz archive, a folder of images, a video file, the recording of an agent, `sklearn:digits`, a data
+            set that `recorded.py` knows, such as `har:PATH` for its stream and `har-source:PATH` for what its model
+            saw, or `KIND:PLACE` for a source of frames that a package brings.
         classes: class names of the model, to number the folders of an image folder.
+        spec: what the model takes, for images and videos of another size; archives are taken as they are.
+        limit: frames that are read at most of a folder, a video or a source.
     Raises: DataError naming the file and what is wrong with it.
     """
+    from edge_adapt.plugins import SOURCES, names
+    from edge_adapt.streams.folders import image_folder
+    from edge_adapt.streams.played import VIDEOS, load_source, load_video
     from edge_adapt.streams.recorded import RECORDED
     from edge_adapt.streams.recording import is_recording, load_recording
 
@@ -74,11 +102,18 @@ def load_data(source: str | Path, classes: Sequence[str] | None = None) -> Datas
         return RECORDED[kind](Path(place))
     path = Path(source)
     if path.is_dir():
-        return load_recording(path) if is_recording(path) else image_folder(path, classes)
-    if not path.exists():
-        known = ", ".join(f"{name}:PATH" for name in RECORDED)
-        raise DataError(f"{path} does not exist", remedy=f"give a .npz archive, an image folder, {DIGITS}, or {known}")
-    return archive(path)
+        recording = next((folder for folder in (path, path / "recording") if is_recording(folder)), None)
+        return image_folder(path, classes, spec=spec, limit=limit) if recording is None else load_recording(recording)
+    if path.suffix.lower() in VIDEOS and path.exists():
+        return load_video(path, spec=spec, limit=limit)
+    if path.exists():
+        return archive(path)
+    if colon and kind in names(SOURCES):
+        return load_source(kind, place, spec=spec, limit=limit)
+    known = ", ".join(f"{name}:PATH" for name in (*RECORDED, *names(SOURCES)))
+    raise DataError(
+        f"{path} does not exist", remedy=f"give an .npz archive, an image folder, a video, {DIGITS}, or {known}"
+    )
 
 
 def archive(path: Path) -> Dataset:
@@ -119,32 +154,6 @@ def archive(path: Path) -> Dataset:
     return Dataset(path.stem, images, None if labels is None else labels.astype(np.int64), shifts)
 
 
-def image_folder(path: Path, classes: Sequence[str] | None) -> Dataset:
-    """One folder for each class, or a flat folder; names such as `0012_anything.jpg` carry the class index."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"{path} holds no image ({', '.join(SUFFIXES)})", remedy="check the path")
-    images = [_read_image(file) for file in files]
-    if len({image.shape for image in images}) > 1:
-        side = min(min(image.shape[:2]) for image in images)
-        images = [_cropped(image, side) for image in images]
-    names = [file.relative_to(path).parts for file in files]
-    labels: Array | None = None
-    numbers = [re.match(r"(\d+)_", parts[-1]) for parts in names]
-    if all(len(parts) > 1 for parts in names):
-        order = list(classes) if classes else sorted({parts[0] for parts in names})
-        unknown = sorted({parts[0] for parts in names} - set(order))
-        if unknown:
-            raise DataError(
-                f"{path / unknown[0]} is no class of the model (it knows {', '.join(order[:8])}, ...)",
-                remedy="rename the folder, or export the model with these class names",
-            )
-        labels = np.array([order.index(parts[0]) for parts in names], np.int64)
-    elif all(numbers):
-        labels = np.array([int(number.group(1)) for number in numbers if number], np.int64)
-    return Dataset(path.name, np.stack(images), labels)
-
-
 def digits() -> Dataset:
     """The 1,797 handwritten digits that come with scikit-learn: 8 x 8, scaled to 32 x 32 and 0..255."""
     try:
@@ -157,18 +166,3 @@ def digits() -> Dataset:
 
     images = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small]
     return Dataset("digits", np.stack(images)[..., None], raw.target.astype(np.int64))
-
-
-def _read_image(file: Path) -> Array:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{file} is no readable image: {error}", remedy="remove or repair it") from error
-
-
-def _cropped(image: Array, side: int) -> Array:
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return image[top : top + side, left : left + side]

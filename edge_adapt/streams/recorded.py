@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edge_adapt.errors import DataError
-from edge_adapt.streams.data import Dataset, image_folder
+from edge_adapt.streams.data import Dataset
+from edge_adapt.streams.folders import images_in_order
 
 Array = NDArray[Any]
 
@@ -41,7 +43,7 @@ def har(path: Path) -> Dataset:
     Source: Anguita et al., "A Public Domain Dataset for Human Activity Recognition Using Smartphones", ESANN 2013.
     """
     people = {person: part for person, part in _people(path).items() if person in UNSEEN_PEOPLE}
-    return _in_order("har", {f"subject-{person}": part for person, part in people.items()})
+    return replace(_in_order("har", {f"subject-{person}": part for person, part in people.items()}), ordered=True)
 
 
 def har_source(path: Path) -> Dataset:
@@ -144,7 +146,7 @@ def _people(path: Path) -> dict[int, tuple[Array, Array]]:
 
 
 def _labelled(path: Path) -> tuple[Array, Array]:
-    data = image_folder(path, None)
+    data = images_in_order(path)
     if data.images is None or data.labels is None:
         raise DataError(f"{path} has no folder for each class", remedy="give the folder above photo/, cartoon/, ...")
     return data.images, data.labels

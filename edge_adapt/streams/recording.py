@@ -195,14 +195,24 @@ def is_recording(folder: Path) -> bool:
 
 
 def load_recording(folder: Path) -> Dataset:
-    """All frames of a recording, without labels, for replay. Raises: DataError, also if frames differ in shape."""
-    images = [image for event in read_recording(folder) if isinstance(event, Batch) for image in event.images]
+    """All frames of a recording, without labels, for replay, with a gap where a run began anew.
+
+    Raises: DataError, also if frames differ in shape.
+    """
+    images: list[Array] = []
+    gaps: list[int] = []
+    for event in read_recording(folder):
+        if isinstance(event, Batch):
+            images += event.images
+        elif event.kind == "begin" and images:
+            gaps.append(len(images))
     if not images:
         raise DataError(f"{folder} holds no whole frame", remedy="record for longer")
     kinds = {(image.shape, image.dtype.name) for image in images}
     if len(kinds) > 1:
         raise DataError(f"the frames in {folder} are of {len(kinds)} kinds: {sorted(kinds)[:3]}", remedy=_ONE_KIND)
-    return Dataset(folder.name, np.stack(images), None)
+    inside = tuple(gap for gap in dict.fromkeys(gaps) if gap < len(images))
+    return Dataset(folder.name, np.stack(images), None, ordered=True, gaps=inside)
 
 
 _ONE_KIND = "record a source whose frames all have one shape"

@@ -79,7 +79,7 @@ def test_everything_that_is_named_and_missing_is_told_at_once(config, tmp_path):
             *((7, "mqtt.password_file"), (8, "mqtt.trusted_keys[0]"), (8, "mqtt.trusted_keys[1]"), (9, "mqtt.tls.ca")),
         )
     ]
-    for meant in ("did you mean onnxruntime?", "did you mean tent", "did you mean label_shift", "empty.pub is empty"):
+    for meant in ("did you mean onnxruntime", "did you mean tent", "did you mean label_shift", "empty.pub is empty"):
         assert meant in told
 
 

@@ -22,6 +22,7 @@ from edge_adapt.streams.data import Dataset
 KEYS = {"schema", "scenario", "data", "bundle", "settings", "environment", "shifts", "rows"}
 ROW_KEYS = {
     *("method", "error_mean", "errors", "answer_ms", "learn_ms", "extra_mb", "frames", "looked", "passes"),
+    *("backward_passes", "state_bytes", "energy_j", "overhead", "plain_ms", "time"),
     *("seconds", "timeline", "visits", "events", "entries"),
 }
 TWO = ("gaussian_noise", "brightness")

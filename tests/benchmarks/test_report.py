@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import csv
 import io
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from rich.console import Console
 
+from benchmarks.replayed import read_results
 from benchmarks.report import verdict, write_report
-from benchmarks.report_look import Style, method_styles
-from benchmarks.table import as_markdown, print_table, read_results
+from benchmarks.report.look import Style, method_styles
+from benchmarks.table import as_markdown, print_table
 from edge_adapt.errors import ConfigError
 
 SHIFTS = {"gaussian_noise": 72.0, "defocus_blur": 46.5, "snow": 25.25, "brightness": 9.0}
@@ -86,29 +85,6 @@ def hostile(results: dict[str, Any]) -> dict[str, Any]:
     results["environment"]["processor"] = "<img src=x onerror=alert(4)>"
     results["settings"]["<b>"] = "<script>alert(5)</script>"
     return results
-
-
-class Page(HTMLParser):
-    """The tags of a page, and the text that a reader can see."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data.strip())
-
-    def table(self, key: str) -> list[list[str]]:
-        """The CSV that a link of the page saves under this name."""
-        [link] = [attrs["href"] for tag, attrs in self.tags if attrs.get("download") == f"{key}.csv"]
-        head, _, body = (link or "").partition(",")
-        assert head == "data:text/csv;charset=utf-8;base64"
-        return list(csv.reader(io.StringIO(base64.b64decode(body).decode(), newline="")))
 
 
 def written(results: dict[str, Any], folder: Path) -> str:

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks.report import write_report
-from benchmarks.report_look import NARROW, WIDE
-from benchmarks.report_routes import pieces
+from benchmarks.report.look import NARROW, WIDE
+from benchmarks.report.routes import pieces
 from benchmarks.table import print_table
 from edge_adapt.errors import ConfigError
 

@@ -18,8 +18,9 @@ from edge_adapt.streams.data import Dataset
 
 NEW = {
     *("gradual", "recurring", "clean_return", "mixed_domains", "mixed_domains_correlated", "correlated"),
-    *("label_shift", "burst", "contaminated_10", "contaminated_30"),
+    *("label_shift", "burst", "contaminated", "contaminated_10", "contaminated_30"),
 }
+TIME = {"long", "sensor_freeze", "real"}
 OLD = {
     *("continual", "reset_each_shift", "natural", "bursts"),
     *(f"long_tailed_{ratio}_{order}" for ratio in (10, 100) for order in ("forward", "uniform", "backward")),
@@ -56,7 +57,7 @@ def numbers(shift: Shift) -> np.ndarray:
 
 
 def test_the_ids_are_for_ever():
-    assert set(scenarios.SCENARIOS) == OLD | NEW
+    assert set(scenarios.SCENARIOS) == OLD | NEW | TIME
 
 
 @pytest.mark.parametrize("name", sorted(NEW - {"gradual"}))

@@ -13,6 +13,7 @@ lengths follow the size of the image below 224 pixels where that is not 32.
 from __future__ import annotations
 
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +28,9 @@ from edge_adapt.streams.corruptions.constants import (
     SMALL_SIDE,
     SMALLEST_SIDE,
 )
-from edge_adapt.streams.corruptions.effects import EFFECTS, Bytes, to_bytes, to_floats
+
+if TYPE_CHECKING:
+    from edge_adapt.streams.corruptions.effects import Bytes
 
 __all__ = ["CORRUPTIONS", "EXTRA", "corrupt"]
 
@@ -55,6 +58,8 @@ def corrupt(images: Bytes, name: str, severity: int, *, seed: int, first_frame: 
         ConfigError: unknown name, or a severity, seed or frame number out of range.
         DataError: images of another type or shape.
     """
+    from edge_adapt.streams.corruptions.effects import EFFECTS, to_bytes, to_floats  # brings scipy, which takes seconds
+
     _check_setting(name, severity, seed, first_frame)
     _check_images(images)
     if severity == 0 or images.size == 0:
@@ -78,8 +83,8 @@ def corrupt(images: Bytes, name: str, severity: int, *, seed: int, first_frame: 
 
 
 def _check_setting(name: str, severity: int, seed: int, first_frame: int) -> None:
-    if name not in EFFECTS:
-        raise ConfigError(f"unknown corruption {name!r}", remedy=did_you_mean(str(name), EFFECTS))
+    if name not in (*CORRUPTIONS, *EXTRA):
+        raise ConfigError(f"unknown corruption {name!r}", remedy=did_you_mean(str(name), (*CORRUPTIONS, *EXTRA)))
     _check_whole(f"severity of {name}", severity, 5, "0 leaves the image as it is, 1 is slight, 5 strong")
     _check_whole(f"seed of {name}", seed, None, "any plain int that is not negative will do")
     _check_whole(f"first_frame of {name}", first_frame, LAST_FRAME, "count the stream's frames from 0")

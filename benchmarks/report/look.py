@@ -116,6 +116,8 @@ class Plot:
     """Whether the page draws a key of all methods above it."""
     numbers: bool = False
     """Whether the page has the table of errors per shift below it."""
+    scale: bool = False
+    """Whether the page draws the scale from better to worse beside the caption."""
     swatches: tuple[Swatch, ...] = ()
     """A key of its own, which the page draws above it."""
     wide: str = ""

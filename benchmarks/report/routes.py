@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.report_look import HUES, WIDE, Plot, Swatch, csv_uri, drawn, ink, new_figure, raw, short, words
-from benchmarks.table import BASELINE, Results, Row
+from benchmarks.replayed import BASELINE, Results, Row
+from benchmarks.report.look import HUES, WIDE, Plot, Swatch, csv_uri, drawn, ink, new_figure, raw, short, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,9 @@ class Piece(NamedTuple):
     shares: dict[int, float]
 
 
-def routes_plot(results: Results) -> Plot | None:
+def routes_plot(
+    results: Results, key: str = "entries-over-time", title: str = "Which entry answered"
+) -> Plot | None:
     """None where no method told which entry answered."""
     routed = [row for row in results.rows if row.entries]
     if not routed:
@@ -59,8 +61,8 @@ def routes_plot(results: Results) -> Plot | None:
         caption.append("Where a strip changes too often to be drawn, it shows the share of each.")
     return drawn(
         Plot(
-            key="entries-over-time",
-            title="Which entry answered",
+            key=key,
+            title=title,
             caption=" ".join(caption),
             alt="Strips over time: the entry of the bank that answered, and beneath it the true domain.",
             csv=csv_uri(

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_cost import cost_of, cost_plot
-from benchmarks.report_look import THEME, count, method_styles, minus
-from benchmarks.report_plots import harm_plot, shifts_plot, timeline_plot
-from benchmarks.report_routes import routes_plot
-from benchmarks.report_visits import visits_plot
-from benchmarks.table import (
-    BASELINE,
-    HARM,
-    Metric,
-    Results,
-    Row,
-    amount,
-    cost_metrics,
-    error_metrics,
-    per_cent,
-    points,
-    read_results,
-    shift_metrics,
-)
-from edge_adapt.delta import write_atomically
-from edge_adapt.errors import ConfigError
+from benchmarks.replayed import BASELINE, Results, Row, read_results
+from benchmarks.report.cost import cost_of, cost_plot
+from benchmarks.report.errors import harm_plot, shifts_plot, timeline_plot
+from benchmarks.report.look import count, method_styles
+from benchmarks.report.page import drawing, filled, standing, write_page
+from benchmarks.report.routes import routes_plot
+from benchmarks.report.visits import visits_plot
+from benchmarks.table import HARM, amount, cost_metrics, costs_of, error_metrics, per_cent, points, shift_metrics
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = "replay.html.j2"
 
 
 def write_report(results: Mapping[str, Any] | Results, path: Path) -> None:
@@ -42,39 +28,13 @@ def write_report(results: Mapping[str, Any] | Results, path: Path) -> None:
     Raises:
         ConfigError: jinja2 or matplotlib is not installed, or the results are not what results.json holds.
     """
-    page = render(read_results(results))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page.encode())
+    write_page(render(read_results(results)), path)
 
 
 def render(results: Results) -> str:
     """The report's HTML."""
-    try:
-        import jinja2
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ConfigError(
-            "the report needs jinja2 and matplotlib", remedy="pip install 'edge-adapt[report]'"
-        ) from error
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["minus"] = minus
     styles = method_styles([row.method for row in results.rows])
-    drawing: Any = {
-        "font.family": ["DejaVu Sans"],
-        "font.size": 12,
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.image_inline": True,
-        "path.simplify": True,
-        "axes.unicode_minus": True,
-    }
-    with mpl.rc_context(), warnings.catch_warnings():
-        mpl.rcdefaults()  # not the user's own style, which may be made for another background
-        mpl.rcParams.update(drawing)
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+    with drawing():
         plots = [
             timeline_plot(results, styles),
             routes_plot(results),
@@ -83,17 +43,17 @@ def render(results: Results) -> str:
             cost_plot(results, styles),
             harm_plot(results),
         ]
-    return environment.get_template(TEMPLATE).render(
+    return filled(
+        TEMPLATE,
         results=results,
-        theme=THEME,
+        methods=[row.method for row in results.rows],
         verdict=verdict(results),
         facts=_facts(results),
         summary=_summary(results),
+        costs=costs_of(results.rows),
         numbers=[*shift_metrics(results), *error_metrics(results)[:1]],
         styles=styles,
         plots=[plot for plot in plots if plot is not None],
-        baseline=BASELINE,
-        harm=HARM,
     )
 
 
@@ -166,17 +126,12 @@ def _summary(results: Results) -> list[dict[str, Any]]:
     rows = []
     for i, row in enumerate(results.rows):
         worst = worst_harm(results, row) if row.method != BASELINE else None
-        cells = [(metric.cells[i], _standing(metric, i), "") for metric in (mean, against)]
+        cells = [(metric.cells[i], standing(metric, i), "") for metric in (mean, against)]
         note = worst[1] if worst else ""
         cells.append((points(worst[0] if worst else None), "harm" if worst and worst[0] > HARM else "", note))
-        cells += [(metric.cells[i], _standing(metric, i), "") for metric in cost_metrics(results)]
+        cells += [(metric.cells[i], standing(metric, i), "") for metric in cost_metrics(results)]
         rows.append({"method": row.method, "cells": cells})
     return rows
-
-
-def _standing(metric: Metric, method: int) -> str:
-    marks = {"best": metric.best, "worst": metric.worst, "harm": metric.harm}
-    return " ".join(mark for mark, methods in marks.items() if method in methods)
 
 
 def _facts(results: Results) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, sqrt
+from math import ceil
 from typing import TYPE_CHECKING
 
-from benchmarks.report_look import (
+from benchmarks.replayed import BASELINE, Results, Row, Timeline, difference
+from benchmarks.report.heat import drawn_harm
+from benchmarks.report.look import (
     NARROW,
     WIDE,
     Plot,
@@ -17,15 +19,14 @@ from benchmarks.report_look import (
     drawn,
     ink,
     listed,
-    minus,
     new_figure,
     raw,
     short,
     words,
 )
-from benchmarks.table import BASELINE, HARM, Results, Row, difference, points
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LINE_POINTS = {WIDE: 400, NARROW: 130}
@@ -33,7 +34,10 @@ LINE_POINTS = {WIDE: 400, NARROW: 130}
 DOMAIN_CHANGE = "domain change"
 
 
-def timeline_plot(results: Results, styles: Sequence[Style]) -> Plot:
+def timeline_plot(
+    results: Results, styles: Sequence[Style], key: str = "error-over-time", title: str = "Error over time"
+) -> Plot:
+    """Bands show the standard deviation over seeds, where a row stands for several."""
     lines = [_thinned(row) for row in results.rows]
     ticked = [row.method for row in results.rows if _changes(row)]
     longest = max(lines, key=len)
@@ -42,14 +46,16 @@ def timeline_plot(results: Results, styles: Sequence[Style]) -> Plot:
     caption = f"Error over windows of {count(window, 'frame')}{wider}, in the order of the stream."
     if ticked:
         caption += f" Ticks above the axis: where {listed(ticked)} reported a domain change."
+    if any(row.timeline.spread for row in results.rows):
+        caption += " Bands: the standard deviation over seeds" + ("; ticks are the first seed's." if ticked else ".")
     table = [
         [row.method, frames, raw(error)]
         for row, line in zip(results.rows, lines, strict=True)
         for frames, error in line
     ]
     plot = Plot(
-        key="error-over-time",
-        title="Error over time",
+        key=key,
+        title=title,
         legend=True,
         caption=caption,
         alt="Line chart: error in per cent against frames seen, one line a method.",
@@ -88,6 +94,7 @@ def _draw_timeline(results: Results, styles: Sequence[Style], width: int) -> Fig
     ticks = 0
     for i, (row, line, style) in enumerate(zip(results.rows, lines, styles, strict=True)):
         every = max(len(line) // (12 if width == WIDE else 6), 1)
+        _draw_band(axes, row, line, style, width)
         axes.plot(
             *([frames for frames, _ in line], [error for _, error in line]),
             color=style.colour,
@@ -118,6 +125,23 @@ def _draw_timeline(results: Results, styles: Sequence[Style], width: int) -> Fig
     axes.locator_params(axis="x", nbins=8 if width == WIDE else 4)
     axes.locator_params(axis="y", nbins=6)
     return figure
+
+
+def _draw_band(axes: Axes, row: Row, line: Sequence[tuple[int, float]], style: Style, width: int) -> None:
+    """What the seeds spread by, around the line of their mean."""
+    around = row.model_copy(update={"timeline": Timeline(frames=row.timeline.frames, error=row.timeline.spread)})
+    spread = dict(_thinned(around, width))
+    known = [(frames, error, spread[frames]) for frames, error in line if frames in spread]
+    if known:
+        axes.fill_between(
+            [frames for frames, _, _ in known],
+            [max(error - apart, 0) for _, error, apart in known],
+            [error + apart for _, error, apart in known],
+            color=style.colour,
+            alpha=0.16,
+            linewidth=0,
+            zorder=1.5,
+        )
 
 
 def shifts_plot(results: Results, styles: Sequence[Style]) -> Plot:
@@ -215,64 +239,7 @@ def harm_plot(results: Results) -> Plot:
             plot, missing=f"There is nothing to compare without errors of both {BASELINE} and another method."
         )
     methods, columns = [short(row.method) for row in rows], [*map(words, names), "mean"]
-    return drawn(
-        plot,
-        lambda width: (
-            _draw_harm(cells, methods, columns, width)
-            if width == WIDE
-            else _draw_harm([list(line) for line in zip(*cells, strict=True)], columns, methods, width)
-        ),
-    )
-
-
-def _draw_harm(
-    cells: Sequence[Sequence[float | None]], down: Sequence[str], across: Sequence[str], width: int
-) -> Figure:
-    """Blue below source, orange above; opacity grows with the root, so that small harm can be seen."""
-    from matplotlib.patches import Rectangle
-
-    flat = width == NARROW
-    gap = 0.25 if flat else 14 * len(across) / (width - 130)  # before the mean, which comes last
-    slanted = max(map(len, across)) * 7 > (width - 130) / len(across)
-    figure, axes = new_figure(width, (30 if flat else 38) * len(down) + (100 if slanted and not flat else 60))
-    most = max([abs(value) for line in cells for value in line if value is not None] + [1.0])
-    small = (width - 130) / len(across) < 44
-    for y, line in enumerate(cells):
-        for x, value in enumerate(line):
-            gap_x, gap_y = gap * (not flat and x == len(across) - 1), gap * (flat and y == len(down) - 1)
-            shown = value is not None and abs(value) >= 0.05
-            axes.add_patch(
-                Rectangle(
-                    (x - 0.47 + gap_x, y - 0.46 + gap_y),
-                    *(0.94, 0.92),
-                    facecolor=ink("page") if value is None or not shown else ink("worse" if value > 0 else "better"),
-                    alpha=0.1 + 0.65 * sqrt(min(abs(value) / most, 1)) if shown and value is not None else 1,
-                    linewidth=0,
-                )
-            )
-            axes.text(
-                *(x + gap_x, y + gap_y, minus(_points_in(value, small=small))),
-                ha="center",
-                va="center_baseline",
-                fontsize=9.5 if small else 12,
-                fontweight="bold" if value is not None and value > HARM else "normal",
-                color=ink("ink"),
-            )
-    axes.set(
-        xlim=(-0.5, len(across) - 0.5 + (0 if flat else gap)),
-        ylim=(len(down) - 0.5 + (gap if flat else 0), -0.5),
-    )
-    axes.set_yticks([y + gap * (flat and y == len(down) - 1) for y in range(len(down))], down)
-    axes.set_xticks([x + gap * (not flat and x == len(across) - 1) for x in range(len(across))], across)
-    axes.xaxis.tick_top()
-    if slanted:
-        for label in axes.get_xticklabels():
-            label.set(rotation_mode="anchor", ha="left")
-            label.set(**({"rotation": 90, "va": "center"} if flat else {"rotation": 45, "va": "baseline"}))
-    axes.tick_params(labelcolor=ink("ink"), length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return figure
+    return drawn_harm(plot, cells, methods, columns)
 
 
 def _thinned(row: Row, width: int = WIDE) -> list[tuple[int, float]]:
@@ -292,7 +259,3 @@ def _thinned(row: Row, width: int = WIDE) -> list[tuple[int, float]]:
 
 def _changes(row: Row) -> list[int]:
     return [event.frame for event in row.events if event.name.replace("_", " ") == DOMAIN_CHANGE]
-
-
-def _points_in(value: float | None, *, small: bool) -> str:
-    return f"{value:+.0f}" if small and value is not None and abs(value) >= 9.95 else points(value)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING
 
-from benchmarks.report_look import NARROW, WIDE, Plot, Style, csv_uri, drawn, ink, new_grid, raw, words
-from benchmarks.table import BASELINE, Results
+from benchmarks.replayed import BASELINE, Results
+from benchmarks.report.look import NARROW, WIDE, Plot, Style, csv_uri, drawn, ink, new_grid, raw, words
 from benchmarks.visits import EARLY, pooled, settled, visits_of
 
 if TYPE_CHECKING:

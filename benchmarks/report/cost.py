@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.report_look import WIDE, Plot, Style, csv_uri, drawn, ink, new_figure, raw, short
-from benchmarks.table import Results, Row
+from benchmarks.replayed import Results, Row
+from benchmarks.report.look import WIDE, Plot, Style, csv_uri, drawn, ink, new_figure, raw, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,24 +49,26 @@ def cost_plot(results: Results, styles: Sequence[Style]) -> Plot:
         csv=csv_uri(
             ["method", "ms_per_frame", "mean_error", "pareto"],
             [
-                [row.method, raw(cost), raw(row.error_mean), _on_front(cost, row.error_mean, placed)]
+                [row.method, raw(cost), raw(row.error_mean), on_front(cost, row.error_mean, placed)]
                 for row, cost in costs
             ],
         ),
     )
     if not placed:
         return replace(plot, missing="The results hold no mean errors, so cost has nothing to stand against.")
-    return drawn(plot, lambda width: _draw_cost(placed, width))
+    return drawn(plot, lambda width: draw_cost(placed, width, "answer + learn, ms per frame"))
 
 
-def _on_front(cost: float | None, error: float | None, placed: Sequence[Placed]) -> str:
+def on_front(cost: float | None, error: float | None, placed: Sequence[Placed]) -> str:
+    """Whether nothing is better in one and as good in the other: "yes", "no", or "" where one is not known."""
     if cost is None or error is None:
         return ""
     beaten = any(c <= cost and e <= error and (c, e) != (cost, error) for c, e, *_ in placed)
     return "no" if beaten else "yes"
 
 
-def _draw_cost(placed: Sequence[Placed], width: int) -> Figure:
+def draw_cost(placed: Sequence[Placed], width: int, label: str) -> Figure:
+    """Marks with their names, and the front that no other beats; `label` says what cost is."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = new_figure(width, 380 if width == WIDE else 320)
@@ -87,9 +89,9 @@ def _draw_cost(placed: Sequence[Placed], width: int) -> Figure:
     room = max(0.16 * (top - bottom), 1.0)
     axes.set_ylim(max(bottom - room, 0), top + room)
     axes.locator_params(axis="y", nbins=6)
-    axes.set_xlabel("answer + learn, ms per frame" + (", log scale" if axes.get_xscale() == "log" else ""))
+    axes.set_xlabel(label + (", log scale" if axes.get_xscale() == "log" else ""))
     axes.set_ylabel("mean error, %")
-    front = sorted({(cost, error) for cost, error, *_ in placed if _on_front(cost, error, placed) == "yes"})
+    front = sorted({(cost, error) for cost, error, *_ in placed if on_front(cost, error, placed) == "yes"})
     steps = [(front[0][0], axes.get_ylim()[1]), *front, (axes.get_xlim()[1], front[-1][1])]
     axes.step(
         *([x for x, _ in steps], [y for _, y in steps]),

@@ -1,0 +1,1 @@
+"""Parts for edge-adapt that live in a package of their own."""
