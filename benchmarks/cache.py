@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.identity import code_of
+from benchmarks.locks import alone
 from benchmarks.tasks import OK, SKIPPED, Cell, Task
 from edge_adapt.delta import write_atomically
 from edge_adapt.errors import ArtifactError
@@ -17,7 +18,7 @@ KEPT = (OK, SKIPPED)
 
 
 class CellCache:
-    """A folder with one file for each cell. It may be deleted at any time; one process writes it."""
+    """A folder with one file for each cell. It may be deleted at any time."""
 
     def __init__(self, folder: Path, processor: str) -> None:
         """`processor` is part of every key: times of another machine are not those of this one."""
@@ -67,8 +68,9 @@ class CellCache:
         key = self.key(task)
         body = json.dumps(cell).encode()
         try:
-            self._path(key).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path(key), f"{_digest(key, body)}\n".encode() + body)
+            with alone(self.folder / "cells"):
+                self._path(key).parent.mkdir(exist_ok=True)
+                write_atomically(self._path(key), f"{_digest(key, body)}\n".encode() + body)
         except OSError as error:
             raise ArtifactError(
                 f"{self.folder} cannot keep results: {error.strerror}",

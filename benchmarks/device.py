@@ -21,6 +21,7 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.engines.protocol import Engine
+from edge_adapt.engines.switching import settled
 from edge_adapt.errors import ConfigError, EdgeAdaptError
 from edge_adapt.far import tail_on
 from edge_adapt.merge import Merger
@@ -102,12 +103,10 @@ def engine_facts(bundle: Bundle, name: str, *, rounds: int, threads: int, wait_s
         return {"name": name, "status": "skipped", "why": reason}
     started = time.perf_counter()
     try:
-        engine = kind(bundle, threads=threads)
+        engine = settled(kind(bundle, threads=threads), wait_s)
     except EdgeAdaptError as error:
         return {"name": name, "status": "skipped", "why": error.what}
     try:
-        if hasattr(engine, "wait") and not engine.wait(wait_s):
-            return {"name": name, "status": "skipped", "why": engine.trouble or f"no plan after {wait_s:g} s"}
         ready_s = time.perf_counter() - started
         batches = {str(size): _latencies(bundle, engine, size, rounds) for size in BATCHES}
         return {

@@ -25,6 +25,7 @@ from benchmarks.replay import check_labels
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
+from edge_adapt.engines.switching import settled
 from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.protocol import Answered, Context, Method, Observation, Step
@@ -95,7 +96,7 @@ def endurance(
         name: build(name, Context(bundle, tail, plan.seed, plan.settings.get(name, {}))) for name in plan.methods
     }
     rounds = -(-plan.frames // len(frames))
-    engine: Engine = find(ENGINES, plan.engine)(bundle, threads=plan.threads)
+    engine: Engine = settled(find(ENGINES, plan.engine)(bundle, threads=plan.threads))
     try:
         wrong = [engine.run(batch).argmax(axis=1) for batch in _batches(frames, plan.batch_size, 1)]
         source = float((np.concatenate(wrong) != labels).mean() * 100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,11 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.errors import ConfigError
+from edge_adapt.guards.default import taught_too
 from edge_adapt.methods.protocol import FEATURES, LOGITS, Answered, Context, Method, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.monitor.accuracy import ENOUGH, Accuracy
+from edge_adapt.monitor.accuracy import labelled as with_labels
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.tail import Tail
@@ -69,7 +71,7 @@ class Estimated:
             return
         self._state = self._accuracy.init()
         self._aside = Predictor(bundle, engine)  # counts its own passes
-        self._heard = Overheard(Context(bundle, lambda: Tail(bundle)), method)
+        self._heard = cast("Overheard", taught_too(Overheard, method)(Context(bundle, lambda: Tail(bundle)), method))
         self.method = self._heard
 
     def preprocess(self, images: Array) -> Array:
@@ -77,8 +79,8 @@ class Estimated:
         self._frames = self._preprocess(images)
         return self._frames
 
-    def add(self) -> None:
-        """Take note of the answers to the frames that were preprocessed last."""
+    def add(self, right: int = 0, labelled: int = 0) -> None:
+        """Take note of the answers to the frames that were preprocessed last, and of late labels that came."""
         if self._why is not None:
             return
         heard = self._heard.taken()
@@ -93,6 +95,7 @@ class Estimated:
         asked = fine & np.isfinite(source).all(axis=1)
         self._state = self._accuracy.after(self._state, logits[fine & ~asked], features[fine & ~asked])
         self._state = self._accuracy.after(self._state, logits[asked], features[asked], source[asked])
+        self._state = with_labels(self._state, right, labelled)
         found = self._accuracy.estimate(self._state)
         if found is not None:
             self._sums += np.array([found.value, found.low, found.high]) * len(logits)

@@ -23,6 +23,7 @@ CODE = {
         OWN,
         HARNESS / "scenarios",
         *(HARNESS / f"{name}.py" for name in ("replay", "score", "costs", "memory", "tasks", "images")),
+        *(HARNESS / f"{name}.py" for name in ("estimate", "late")),
     ),
     "export": (OWN, HARNESS.parent / "exporters"),
 }
@@ -42,9 +43,9 @@ def code_of(what: str) -> str:
 
 
 def data_digest(source: str) -> str:
-    """Digest of all bytes of a data set as `replay --data` names it; a source that a package brings is known by name alone.
+    """Digest of all bytes of a data set as `replay --data` names it.
 
-    Raises: DataError if it cannot be read.
+    What a package brings as a source is known by its name alone. Raises: DataError if the data cannot be read.
     """
     if source == DIGITS:
         return f"digits of scikit-learn {_version('scikit-learn')}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.identity import code_of
+from benchmarks.locks import alone
 from edge_adapt.delta import write_atomically
 from edge_adapt.errors import ArtifactError
 from edge_adapt.streams import corruptions
@@ -46,8 +46,7 @@ def corrupt(images: Array, name: str, severity: int, *, seed: int, first_frame: 
         return corruptions.corrupt(images, name, severity, seed=seed, first_frame=first_frame)
     path = folder / f"{_key(images, name, severity, seed, first_frame)}.images"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
+        with alone(path):
             found = _read(path, images.shape)
             if found is None:
                 found = corruptions.corrupt(images, name, severity, seed=seed, first_frame=first_frame)
@@ -66,14 +65,6 @@ def _key(images: Array, name: str, severity: int, seed: int, first_frame: int) -
     made = hashlib.sha256(json.dumps(facts).encode())
     made.update(np.ascontiguousarray(images).data)
     return made.hexdigest()
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time makes a file; a lock ends with the process that holds it."""
-    with path.with_suffix(".lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Array | None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from benchmarks.replayed import (
     BASELINE,
@@ -48,6 +48,11 @@ class Cell(Part):
     why: Name | None = None
     shifts: tuple[Shift, ...] = ()
     row: Row | None = None
+
+    @field_validator("why", mode="before")
+    @classmethod
+    def _in_one_line(cls, why: object) -> object:
+        return " ".join(why.split()) if isinstance(why, str) else why
 
     @model_validator(mode="after")
     def _what_went_well_has_figures(self) -> Cell:

@@ -50,6 +50,7 @@ class ExportSpec(_Part):
     cut: str | None = None
     warm_up: str | None = None
     head: str | None = None
+    estimate: bool = Field(False, description="fit the estimate of the error without labels, which takes a minute")
 
 
 class BundleSpec(_Part):
@@ -73,6 +74,8 @@ class Grid(_Part):
     severity: Severity = 5
     limit: Positive | None = None
     corruptions: tuple[str, ...] | None = None
+    label_delay: Whole | None = Field(None, description="frames until the true label of a frame comes; null: never")
+    estimate: bool = Field(False, description="the estimate without labels beside the error")
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="method -> its settings")
     threads: Positive = 1
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
@@ -207,6 +210,8 @@ def _combinations(grid: Grid) -> Iterator[Combination]:
             severity=grid.severity,
             limit=grid.limit,
             corruptions=grid.corruptions,
+            label_delay=grid.label_delay,
+            estimate=grid.estimate,
             settings=json.dumps(grid.settings.get(method, {}), sort_keys=True),
             threads=grid.threads,
             timeout_s=grid.timeout_s,
@@ -233,7 +238,7 @@ def _rooted_bundle(spec: BundleSpec, folder: Path) -> BundleSpec:
 
 
 def _place(source: str | None, folder: Path) -> str | None:
-    """A source of frames with its path below a folder; `har:PATH` keeps its kind, and what a package brings is its own affair."""
+    """A source of frames with its path below a folder; `har:PATH` keeps its kind, and so does any other."""
     if source is None or source == DIGITS:
         return source
     kind, colon, place = source.partition(":")

@@ -23,7 +23,7 @@ from edge_adapt.errors import EngineError
 PRELOADED = ["benchmarks.preloaded"]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Spinning threads of a neighbour slow everything, and no thread survives a fork."""
-START_S, GRACE_S = 120.0, 5.0
+START_S, GRACE_S = 600.0, 5.0
 """For a process to begin, the server's first imports included; and to be gone once it is done."""
 READY = b"ready"
 Work = Callable[[Task], Cell]
@@ -38,6 +38,8 @@ class _Running:
     process: Any
     answer: Connection
     deadline: float
+    late: str = f"its process did not begin within {START_S:g} s"
+    """What is wrong once the deadline is over."""
 
 
 def run_pool(tasks: Sequence[Task], *, jobs: int, work: Work = run_task) -> Iterator[tuple[int, Cell]]:
@@ -45,7 +47,7 @@ def run_pool(tasks: Sequence[Task], *, jobs: int, work: Work = run_task) -> Iter
 
     A task that raises, is killed or takes too long is a cell that says so. When the caller stops, so do all tasks.
     """
-    context = _context()
+    context = fresh()
     waiting = list(enumerate(tasks))[::-1]
     running: list[_Running] = []
     try:
@@ -66,8 +68,11 @@ def run_pool(tasks: Sequence[Task], *, jobs: int, work: Work = run_task) -> Iter
             _end(one)
 
 
-def _context() -> Any:
-    """Where processes come from: a server with the heavy libraries loaded, on one thread each."""
+def fresh() -> Any:
+    """Where processes come from: a server with the heavy libraries loaded, on one thread each.
+
+    Returns: a context of `multiprocessing`.
+    """
     os.environ.update(ONE_THREAD)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -110,14 +115,15 @@ def _ended(one: _Running) -> Cell | None:
         while cell is None and one.answer.poll():
             message = one.answer.recv_bytes()
             if message == READY:
-                one.deadline = time.monotonic() + one.task.combination.timeout_s
+                limit_s = one.task.combination.timeout_s
+                one.deadline, one.late = time.monotonic() + limit_s, f"it took longer than {limit_s:g} s"
             else:
                 cell = json.loads(message)
     except (EOFError, OSError):  # it is gone, or is going
         one.process.join(GRACE_S)
         cell = failed(one.task, _death(one.process.exitcode))
     if cell is None and time.monotonic() >= one.deadline:
-        cell = without_figures(one.task, TIMEOUT, f"it took longer than {one.task.combination.timeout_s:g} s")
+        cell = without_figures(one.task, TIMEOUT, one.late)
         one.process.kill()
     if cell is not None:
         _end(one)

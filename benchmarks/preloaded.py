@@ -5,6 +5,7 @@ ONNX Runtime is left out, which starts a thread when it is imported: no thread o
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from importlib import import_module
 
@@ -15,9 +16,9 @@ MODULES = (
     *("benchmarks.tasks", "benchmarks.replay", "benchmarks.images", "edge_adapt.cli", "edge_adapt.tail", "onnx"),
     *("edge_adapt.streams.recorded", "edge_adapt.streams.recording", "edge_adapt.streams.corruptions.effects"),
     # What `torch.export.load` imports, for seconds, when it is first called.
-    *("torch.export.pt2_archive._package", "torch._export.serde.serialize", "torch.export._trace", "torch.export._unlift"),
-    *("torch._dynamo.precompile_context", "torch._inductor.output_code", "torch.fx.experimental.validator", "networkx"),
-    "sympy.tensor.tensor",
+    *("torch.export.pt2_archive._package", "torch._export.serde.serialize", "torch.export._trace"),
+    *("torch.export._unlift", "torch._dynamo.precompile_context", "torch._inductor.output_code"),
+    *("torch.fx.experimental.validator", "networkx", "sympy.tensor.tensor"),
 )
 for module in MODULES:
     with suppress(ImportError):
@@ -26,3 +27,5 @@ for group in (METHODS, WRAPPERS, ROUTERS):
     for name in names(group):
         with suppress(EdgeAdaptError):
             find(group, name)
+gc.collect()
+gc.freeze()  # tasks neither look at these objects again nor copy their pages

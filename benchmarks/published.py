@@ -1,4 +1,4 @@
-"""Tables in the documentation that are made from committed results, so that no figure in them is typed by hand."""
+"""What is made from committed results: tables, so that no figure in them is typed by hand, and the plans of these."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import sweep_report
+from benchmarks.board_plans import plan_file, plan_of
 from benchmarks.sweep import BASELINE, BOARDS, read_cells
 from benchmarks.sweep_report import Summary, summaries
 from benchmarks.table import NOTHING, amount
@@ -24,6 +25,9 @@ def expected(root: Path) -> dict[Path, str]:
     Raises: DataError if there are no results, or a block has no place in its file.
     """
     made = {root / RESULTS / sweep_report.TABLE: sweep_report.page(root / RESULTS)}
+    for board in BOARDS.values():
+        if (place := plan_file(board)) is not None and (cells := read_cells(root / RESULTS, board.id)):
+            made[root / RESULTS / place] = plan_of(board, cells)
     for name, blocks in BLOCKS.items():
         text = _read(root / name)
         for block, body in blocks.items():
@@ -42,6 +46,7 @@ def write(root: Path) -> list[Path]:
     wanted = expected(root)
     changed = drifted(root)
     for path in changed:
+        path.parent.mkdir(exist_ok=True)
         write_atomically(path, wanted[path].encode())
     return changed
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.identity import code_of, data_digest
+from benchmarks.locks import alone
 from benchmarks.plans import ExportSpec
+from benchmarks.pool import fresh
 from edge_adapt.bundle import MANIFEST
 from edge_adapt.errors import ArtifactError, EdgeAdaptError
 
@@ -29,19 +30,20 @@ def exported(recipe: ExportSpec, folder: Path, tell: Callable[[str], None]) -> P
     if recipe.model.endswith(".onnx"):
         facts["model"] = data_digest(recipe.model)
     made = folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    if not (made / MANIFEST).exists():
-        tell(f"exporting {recipe.model}")
-        aside = made.with_suffix(".making")
-        shutil.rmtree(aside, ignore_errors=True)
-        _in_own_process(recipe, aside)
-        aside.rename(made)
+    with alone(made):
+        if not (made / MANIFEST).exists():
+            tell(f"exporting {recipe.model}")
+            aside = made.with_name(f"{made.name}.making")
+            for old in (aside, made):
+                shutil.rmtree(old, ignore_errors=True)
+            _in_own_process(recipe, aside)
+            aside.rename(made)
     return made
 
 
 def _in_own_process(recipe: ExportSpec, out: Path) -> None:
     """For the sake of memory."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
+    context = fresh()
     answer, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_export, args=(recipe.model_dump_json(), str(out), theirs))
     process.start()
@@ -73,6 +75,7 @@ def _export(text: str, out: str, answer: Connection) -> None:
             calibration=recipe.calibration,
             warm_up=recipe.warm_up,
             head=recipe.head,
+            estimate=recipe.estimate,
         )
     except Exception as error:
         answer.send_bytes((error.what if isinstance(error, EdgeAdaptError) else str(error) or repr(error)).encode())

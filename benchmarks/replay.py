@@ -14,14 +14,16 @@ from benchmarks import scenarios
 from benchmarks.costs import Energy, Kept, PlainInference
 from benchmarks.environment import environment
 from benchmarks.estimate import Estimated
+from benchmarks.late import LateLabels
 from benchmarks.memory import PeakMemory
 from benchmarks.replayed import BASELINE
 from benchmarks.scenarios import Scenario, Shift
 from benchmarks.scenarios.foreign import NOISE, foreign_images
-from benchmarks.score import Score
+from benchmarks.score import Score, expected_of
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
+from edge_adapt.engines.switching import settled
 from edge_adapt.errors import ConfigError, DataError, did_you_mean
 from edge_adapt.methods.catalogue import ROUTER, build
 from edge_adapt.methods.optim import tallied
@@ -40,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 SCHEMA = 1
 WARM_UP = 3
-PLAIN_SHARE = 60
+PLAIN_SHARE = 100
 """Plain inference is timed with one batch for so many of the stream, before it and after it."""
 NONE = "none"
 """No router."""
@@ -65,10 +67,16 @@ class Replay:
     threads: int = 1
     estimate: bool = False
     """Estimate the error as if there were no labels, also where there are: to compare both."""
+    label_delay: int | None = None
+    """Frames after which the true label of a frame comes, for methods that learn from such; None: labels never come."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Method -> values for its config."""
 
     def __post_init__(self) -> None:
+        if self.label_delay is not None and self.label_delay < 0:
+            raise ConfigError(
+                f"label delay is {self.label_delay}, expected 0 or more frames", remedy="leave it out for no labels"
+            )
         if self.batch_size < 1:
             raise ConfigError(f"batch size is {self.batch_size}, expected 1 or more", remedy="use 1 for a camera")
         if not 1 <= self.severity <= 5:
@@ -106,7 +114,7 @@ def replay(
     shifts = _shifts(scenario, data, plan, foreign, progress)
     preprocess = Preprocess(bundle.manifest.input)
     preprocess(shifts[0].images[:1])
-    engine: Engine = find(ENGINES, plan.engine)(bundle, threads=plan.threads)
+    engine: Engine = settled(find(ENGINES, plan.engine)(bundle, threads=plan.threads))
     try:
         rows = [
             _row(name, method, Predictor(bundle, engine), scenario, shifts, plan, preprocess, progress)
@@ -127,6 +135,7 @@ def replay(
             "mode": "reference" if bundle.is_reference else "device",
             **({"router": plan.router} if plan.router != NONE else {}),
             **({"foreign": NOISE if foreign is None else foreign.name} if scenario.contaminated else {}),
+            **({"label_delay": plan.label_delay} if plan.label_delay is not None else {}),
             **({"methods": plan.settings} if plan.settings else {}),
         },
         "environment": environment(plan.threads, engine.description),
@@ -164,17 +173,19 @@ def _row(
     warm = preprocess(shifts[0].images[: plan.batch_size])
     batches = sum(-(-len(shift.images) // plan.batch_size) for shift in shifts)
     plain = PlainInference(predictor.engine, warm, rounds=max(WARM_UP, batches // PLAIN_SHARE))
-    kept = Kept(method if told is None else told.method)
+    method = method if told is None else told.method
+    late = None if plan.label_delay is None else LateLabels(predictor, method, plan.label_delay)
+    kept = Kept(method)
     passes = predictor.passes
     memory = PeakMemory(plain)
     score = Score(name, shifts)
     started = time.perf_counter()
     with tallied() as tally, Energy() as energy:
         prepare = preprocess if told is None else told.preprocess
-        for frames, answer in _run(predictor, cast("Method[Any]", kept), scenario, shifts, plan, prepare):
+        for frames, answer in _run(predictor, cast("Method[Any]", kept), scenario, shifts, plan, prepare, late):
             score.add(frames, answer)
             if told is not None:
-                told.add()
+                told.add(*((0, 0) if late is None else late.arrived()))
             progress(name, score.frames, score.total)
     elapsed_s = time.perf_counter() - started
     costs = {
@@ -188,7 +199,11 @@ def _row(
     predictor.apply(Delta.source())
     plain()
     row = score.row({**costs, "plain_ms": round(plain.ms, 4), "time": round(score.mean_ms / plain.ms, 3)})
-    return row if told is None else {**row, **told.row()}
+    return {
+        **row,
+        **({} if late is None else {"labelled": late.labelled}),
+        **({} if told is None else told.row()),
+    }
 
 
 def _run(
@@ -198,22 +213,27 @@ def _run(
     shifts: Sequence[Shift],
     plan: Replay,
     preprocess: Callable[[Array], Array],
+    late: LateLabels | None,
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (frames, answer) for each batch; a batch never spans two shifts."""
+    answered: list[Array] = []
 
     def batches(part: Sequence[Shift]) -> Iterator[Array]:
         for shift in part:
+            expected = expected_of(shift)
             for start in range(0, len(shift.images), plan.batch_size):
-                yield preprocess(shift.images[start : start + plan.batch_size])
+                frames = preprocess(shift.images[start : start + plan.batch_size])
+                yield frames
+                if late is not None:
+                    late.answered(frames, expected[start : start + plan.batch_size], answered.pop())
 
-    sizes = [
-        min(plan.batch_size, len(shift.images) - start)
-        for shift in shifts
-        for start in range(0, len(shift.images), plan.batch_size)
-    ]
-    parts = [[shift] for shift in shifts] if scenario.reset else [shifts]
-    answers = (answer for part in parts for answer in adapt(predictor, method, batches(part)))
-    yield from zip(sizes, answers, strict=True)
+    for part in [[shift] for shift in shifts] if scenario.reset else [shifts]:
+        if late is not None:
+            late.begin_anew()
+        for answer in adapt(predictor, method, batches(part), between=None if late is None else late.between):
+            if late is not None:
+                answered.append(answer.logits)
+            yield len(answer.logits), answer
 
 
 def method_settings(plan: Replay, method: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def replay(
         str | None, typer.Option(help="of inference: onnxruntime or torch. Of a plan: processes or ray, which run it")
     ] = None,
     threads: Annotated[int, typer.Option()] = 1,
+    label_delay: Annotated[int | None, typer.Option(help="frames until true labels come; None: never")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="the estimate without labels beside the error")] = False,
     jobs: Annotated[int, typer.Option(help="of a plan: cells at a time")] = 1,
     cache: Annotated[Path, typer.Option(help="of a plan: folder for what is done, so that it goes on there")] = CACHE,
@@ -62,6 +63,7 @@ def replay(
         router=router,
         engine=engine or "onnxruntime",
         threads=threads,
+        label_delay=label_delay,
         estimate=estimate,
     )
     replay_bundle(what, data, foreign, plan, out, json_file)

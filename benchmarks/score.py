@@ -26,7 +26,7 @@ class Score:
     def __init__(self, method: str, shifts: Sequence[Shift]) -> None:
         self.method, self.shifts = method, shifts
         self.frames = 0
-        self._expected = np.concatenate([_expected(shift) for shift in shifts])
+        self._expected = np.concatenate([expected_of(shift) for shift in shifts])
         self.total = len(self._expected)
         self._wrong = np.full(self.total, np.nan)
         self._answer: list[float] = []
@@ -118,7 +118,7 @@ class Score:
                 yield {"name": shift.name, "start": start, "frames": len(wrong), "error": blocks}
 
 
-def _expected(shift: Shift) -> Array:
+def expected_of(shift: Shift) -> Array:
     """The label of each frame, -1 where none is scored."""
     if shift.labels is None:
         return np.full(len(shift.images), -1)

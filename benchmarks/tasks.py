@@ -32,6 +32,10 @@ class Combination:
     """The method's settings as JSON, its keys in order."""
     threads: int
     timeout_s: float
+    label_delay: int | None = None
+    """Frames until the true label of a frame comes; None: never."""
+    estimate: bool = False
+    """Whether the estimate without labels stands beside the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,8 @@ def run_task(task: Task) -> Cell:
             router=asked.router,
             engine=asked.engine,
             threads=asked.threads,
+            label_delay=asked.label_delay,
+            estimate=asked.estimate,
             settings={asked.method: settings} if settings else {},
         )
         data = load_data(task.data_source, bundle.manifest.classes, spec=bundle.manifest.input, limit=asked.limit)
@@ -130,6 +136,7 @@ def head(task: Task, status: str, why: str | None) -> Cell:
         "severity": asked.severity,
         "limit": asked.limit,
         **({"corruptions": list(asked.corruptions)} if asked.corruptions is not None else {}),
+        **({"label_delay": asked.label_delay} if asked.label_delay is not None else {}),
         **({"settings": settings} if settings else {}),
         "status": status,
         "why": why,

@@ -79,7 +79,13 @@ class Agent:
         channels = self.core.bundle.manifest.input.channels
         source = settings.source
         self.source = open_source(
-            source.kind, path=source.path, device=source.device, topic=source.topic, loop=source.loop, channels=channels
+            source.kind,
+            path=source.path,
+            device=source.device,
+            topic=source.topic,
+            place=source.place,
+            loop=source.loop,
+            channels=channels,
         )
         self.ring: Ring[Frame] = Ring(source.queue, source.policy)
         self.intake = Intake(self.source, self.ring, fps=source.fps, tell=self._source_told)

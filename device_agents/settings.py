@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from edge_adapt.errors import did_you_mean
 from edge_adapt.monitor.sensor import FROZEN_AFTER
+from edge_adapt.plugins import SOURCES, names
+from edge_adapt.streams.live.factory import KINDS
 
 Mode = Literal["shadow", "recommend", "bounded_auto"]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -38,10 +41,11 @@ class EngineSettings(_Strict):
 class SourceSettings(_Strict):
     """Where frames come from."""
 
-    kind: Literal["archive", "folder", "camera", "video", "mqtt"] = Field(description="what kind of source")
+    kind: str = Field(description="archive, folder, camera, video, mqtt, or a source that a package brings")
     path: Path | None = Field(None, description="archive (.npz), folder to watch, or video file")
     device: int | str = Field(0, description="camera: index, device file, or address of a stream")
     topic: str | None = Field(None, description="mqtt: topic of encoded images (JPEG or PNG), outside our own tree")
+    place: str | None = Field(None, description="source of a package: what it is built from")
     fps: Positive | None = Field(None, description="frames a second; none: as fast as they come")
     loop: bool = Field(False, description="archive and video: begin again at the end")
     queue: int = Field(8, ge=1, le=4096, description="frames that may wait to be answered")
@@ -59,6 +63,11 @@ class SourceSettings(_Strict):
             raise ValueError(f"a source of kind {self.kind} needs `path`")
         if self.kind == "mqtt" and self.topic is None:
             raise ValueError("a source of kind mqtt needs `topic`")
+        if self.kind not in KINDS:
+            if self.kind not in (brought := names(SOURCES)):
+                raise ValueError(f"there is no source {self.kind!r}; {did_you_mean(self.kind, [*KINDS, *brought])}")
+            if self.place is None:
+                raise ValueError(f"a source of kind {self.kind} needs `place`")
         return self
 
 

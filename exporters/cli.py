@@ -64,6 +64,10 @@ def export(
         frames = data.images if data.images is not None else next(iter(data.shifts.values()))
         labels = data.labels
     int8 = int8_plan(precision, target, max_loss, labels)
+    if int8 is not None and warm_up is None:
+        from exporters.quantise import check_calibration
+
+        check_calibration(frames)  # before minutes of work
     typer.echo(f"exporting {model}", err=True)
     made = from_spec(model, weights=weights, fed=(scale, numbers(mean, "--mean"), numbers(std, "--std")))
     if head is not None:

@@ -86,7 +86,10 @@ def split(frames: Array) -> tuple[Array, Array]:
 
 
 def _spread(frames: Array, count: int) -> Array:
-    return frames[:: max(1, len(frames) // count)][:count]
+    if len(frames) <= count:
+        return frames
+    made: Array = frames[np.linspace(0, len(frames) - 1, count).astype(int)]
+    return made
 
 
 def quantise(bundle: Bundle, frames: Array, target: Target) -> onnx.ModelProto:

@@ -206,7 +206,7 @@ def the_seed_alone_decides(stand: Stand, subject: Subject) -> None:
         for one, other in zip(shifts, again, strict=True):
             same = np.array_equal(one.images[:], other.images[:])
             labels = [shift.labels for shift in (one, other) if shift.labels is not None]
-            same = same and (not labels or (len(labels) == 2 and np.array_equal(*labels)))
+            same = same and (not labels or (len(labels) == 2 and np.array_equal(labels[0], labels[1])))
             hold(same, f"{name}: the same seed gives other frames or labels in {one.name}")
 
 

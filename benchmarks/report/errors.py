@@ -73,24 +73,7 @@ def _draw_timeline(results: Results, styles: Sequence[Style], width: int) -> Fig
     top = max(error for line in lines for _, error in line)
     axes.set(xlim=(0, max(last, 1)), ylim=(0, max(top * 1.06, 1)))
     axes.grid(axis="y", color=ink("rule"), linewidth=0.8)
-    apart = ceil(len(results.shifts) * 15 / (width - 80))
-    pixels = (width - 70) / max(last, 1)
-    level = all(shift.frames * pixels > 7 * len(words(shift.name)) for shift in results.shifts)
-    rotation = 0 if level else 90 if width == NARROW else 45
-    for i, shift in enumerate(results.shifts):
-        if i:
-            axes.axvline(shift.start, color=ink("rule"), linewidth=0.8, zorder=0.5)
-        if i % max(apart, 1) == 0:
-            axes.text(
-                *(shift.start + shift.frames / 2, 1.02, words(shift.name)),
-                transform=axes.get_xaxis_transform(),
-                rotation=rotation,
-                rotation_mode="anchor",
-                ha="center" if level else "left",
-                va="center" if rotation == 90 else "baseline",
-                color=ink("muted"),
-                fontsize=11 if width == WIDE else 10,
-            )
+    _label_shifts(axes, results, last, width)
     ticks = 0
     for i, (row, line, style) in enumerate(zip(results.rows, lines, styles, strict=True)):
         every = max(len(line) // (12 if width == WIDE else 6), 1)
@@ -125,6 +108,28 @@ def _draw_timeline(results: Results, styles: Sequence[Style], width: int) -> Fig
     axes.locator_params(axis="x", nbins=8 if width == WIDE else 4)
     axes.locator_params(axis="y", nbins=6)
     return figure
+
+
+def _label_shifts(axes: Axes, results: Results, last: int, width: int) -> None:
+    """A line where each shift begins, and its name above where there is room."""
+    apart = ceil(len(results.shifts) * 15 / (width - 80))
+    pixels = (width - 70) / max(last, 1)
+    level = all(shift.frames * pixels > 7 * len(words(shift.name)) for shift in results.shifts)
+    rotation = 0 if level else 90 if width == NARROW else 45
+    for i, shift in enumerate(results.shifts):
+        if i:
+            axes.axvline(shift.start, color=ink("rule"), linewidth=0.8, zorder=0.5)
+        if i % max(apart, 1) == 0:
+            axes.text(
+                *(shift.start + shift.frames / 2, 1.02, words(shift.name)),
+                transform=axes.get_xaxis_transform(),
+                rotation=rotation,
+                rotation_mode="anchor",
+                ha="center" if level else "left",
+                va="center" if rotation == 90 else "baseline",
+                color=ink("muted"),
+                fontsize=11 if width == WIDE else 10,
+            )
 
 
 def _draw_band(axes: Axes, row: Row, line: Sequence[tuple[int, float]], style: Style, width: int) -> None:

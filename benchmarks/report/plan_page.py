@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -77,7 +77,7 @@ def render(results: PlanResults) -> tuple[str, dict[str, str]]:
         seeds=sorted({cell.seed for cell in results.cells}),
         folder=CSV,
     )
-    every = [*plots, *(plot for group in streams.values() for plot in group)]
+    every = [*plots, *(plot for group in streams.values() for plot in group.plots)]
     return page, {"cells": cells} | {plot.key: plot.csv for plot in every if not plot.missing}
 
 
@@ -100,22 +100,31 @@ def _told(results: PlanResults, styles: Mapping[str, Style]) -> list[Plot]:
     return [] if plot is None else [plot]
 
 
-def _stream_plots(boards: Sequence[Board], styles: Mapping[str, Style]) -> dict[str, list[Plot]]:
-    """One figure or two of every stream, by its name."""
-    made = {}
-    for number, board in enumerate(boards, start=1):
-        for stream in board.streams:
-            of = f"{stream.label}, {board.name}" if len(boards) > 1 else stream.label
-            key = f"-{number}-{_slug(stream.scenario)}-{stream.batch_size}"
-            view = board.results(stream)
-            looks = [styles[row.method] for row in view.rows]
-            several = any(len(board.seeds(variant, stream)) > 1 for variant in board.variants)
-            answered = f"Which entry answered{', first seed' if several else ''}: {of}"
-            routes = routes_plot(view, f"entries-over-time{key}", answered)
-            made[of] = [
-                timeline_plot(view, looks, f"error-over-time{key}", f"Error over time: {of}"),
-                *([] if routes is None else [routes]),
-            ]
+class Drawn(NamedTuple):
+    """One figure or two of a stream, and the key to them."""
+
+    plots: list[Plot]
+    methods: list[str]
+    styles: list[Style]
+
+
+def _stream_plots(boards: Sequence[Board], styles: Mapping[str, Style]) -> dict[str, Drawn]:
+    """Figures by the name of their stream."""
+    made: dict[str, Drawn] = {}
+    every = [(board, stream) for board in boards for stream in board.streams]
+    for board, stream in every:
+        of = f"{stream.label}, {board.name}" if len(boards) > 1 else stream.label
+        key = f"-{len(made) + 1}-{_slug(stream.scenario)}-{stream.batch_size}"
+        view = board.results(stream)
+        methods = [row.method for row in view.rows]
+        looks = [styles[method] for method in methods]
+        several = any(len(board.seeds(variant, stream)) > 1 for variant in board.variants)
+        answered = f"Which entry answered{', first seed' if several else ''}: {of}"
+        plots = [
+            timeline_plot(view, looks, f"error-over-time{key}", f"Error over time: {of}"),
+            routes_plot(view, f"entries-over-time{key}", answered),
+        ]
+        made[of] = Drawn([plot for plot in plots if plot is not None], methods, looks)
     return made
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +21,9 @@ PLAN, STAGED = ".plan", ".part"
 KEPT = 8
 """Plans that are kept; older ones go when a new one comes."""
 MOST_HEADER = 4096
+LIFE = secrets.token_hex(4)
+"""Tells what this process stages from what an earlier one of the same number left."""
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class PlanCache:
         """Where a builder writes; what a builder that died left there is gone. Raises: OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clear_abandoned()
-        return self.folder / f"{key.digest}.{os.getpid()}{STAGED}"
+        return self.folder / f"{key.digest}.{os.getpid()}.{LIFE}-{next(_NUMBERS)}{STAGED}"
 
     def publish(self, staged: Path, key: PlanKey) -> bytes:
         """Check what a builder wrote, and give it its name. Raises: ArtifactError if it is not whole; OSError."""
@@ -110,8 +115,9 @@ class PlanCache:
     def clear_abandoned(self) -> None:
         """Remove what builders of processes that are gone left behind."""
         for path in self.folder.glob(f"*{STAGED}*"):
-            owner = path.name.partition(".")[2].partition(".")[0]
-            if not owner.isdigit() or not Path(f"/proc/{owner}").exists() or int(owner) == os.getpid():
+            owner, _, rest = path.name.partition(".")[2].partition(".")
+            ours = owner == str(os.getpid())  # in a container every life has the same number
+            if not rest.startswith(LIFE) if ours else not Path(f"/proc/{owner}").exists():
                 with contextlib.suppress(OSError):
                     path.unlink()
 

@@ -102,7 +102,7 @@ class OnnxRuntimeEngine:
         self._check(update)
         with self._applying:
             made = self._written(update)
-            made.prepare(self._active.keys)
+            made.prepare(list(self._active.used))
             made.tag = tag
             self._active, self._idle = made, None if self._plan is None else self._active
 

@@ -161,10 +161,10 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Optimised:
-    """A graph as ONNX Runtime would run it here, and its initialisers as they are at source."""
+    """A graph as ONNX Runtime would run it here, and those of its initialisers that an update may change."""
 
     graph: bytes
-    stored: dict[str, Array]
+    names: frozenset[str]
 
 
 class QuantisedNetwork:
@@ -180,6 +180,8 @@ class QuantisedNetwork:
         self._model = onnx.load(bundle.path / FULL_INT8)
         self.layers = quantised_layers(self._model, bundle)
         self._sites = {site.layer: bundle.slices[site.name] for site in bundle.manifest.sites}
+        self._stored = {**weights, **{layer.weight: layer.values for layer in self.layers}}
+        """What need not be given again where an update leaves it as it is."""
         self._entries = {} if has_dot_products() else WIDE
         self._graphs: dict[Key, _Optimised | onnx.ModelProto] = {}
         """Optimised once; or, where that hides what can change, as in the bundle."""
@@ -202,7 +204,7 @@ class QuantisedNetwork:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         held = []
         for name, value in edits.items():
-            if name in graph.stored and not np.array_equal(value, graph.stored[name]):
+            if name in graph.names and self._stored.get(name) is not value:
                 held.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)))
                 options.add_initializer(name, held[-1])
         return _Held(ort.InferenceSession(graph.graph, options, providers=[CPU]), held)
@@ -235,4 +237,4 @@ class QuantisedNetwork:
         if missing:
             log.info("%s is not in the optimised INT8 graph as it was; each change optimises it anew", missing[0])
             return source
-        return _Optimised(made.SerializeToString(), {name: found[name] for name in names})
+        return _Optimised(made.SerializeToString(), frozenset(names))

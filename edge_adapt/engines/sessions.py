@@ -42,12 +42,15 @@ class Sessions(ABC):
         """What the weights came with."""
         self.holds: LiveUpdate | None = None
         """What was written last: the same again need not be."""
+        self.used: set[Key] = set()
+        """The sessions that ran with these weights; the next weights will need the same."""
         self._inputs, self._answering = inputs, answering
         self._made: dict[Key, Session] = {}
 
     def run(self, key: Key, frames: Array) -> list[Array]:
         """All outputs of the session with those outputs, which is made when first asked for."""
         self.prepare([key])
+        self.used.add(key)
         return self._made[key].run(None, dict(zip(self._inputs, (frames, self.prompts), strict=False)))
 
     def prepare(self, keys: Iterable[Key]) -> None:
@@ -56,15 +59,10 @@ class Sessions(ABC):
             if key not in self._made:
                 self._made[key] = self._make(key)
 
-    @property
-    def keys(self) -> list[Key]:
-        """The sessions that were asked for so far."""
-        return list(self._made)
-
     def write(self, update: LiveUpdate) -> None:
         """Change the weights of every session."""
         self._write(update)
-        self.holds, self.prompts = update, update.prompts
+        self.holds, self.prompts, self.used = update, update.prompts, set()
         if self._answering is not None:
             self._made = {key: made for key, made in self._made.items() if not answers(key)}
 

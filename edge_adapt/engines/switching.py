@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,27 @@ Array = NDArray[Any]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+BUILD_S = 1800.0
 CHECKED = 2
 """Frames that both engines answer before the switch."""
 
 
+def settled(engine: Engine, timeout_s: float = BUILD_S) -> Engine:
+    """For whoever measures: the engine once it is the one that its name says.
+
+    Raises: EngineError if another one answers in its place, or still does after that time; it is closed then.
+    """
+    if isinstance(engine, SwitchingEngine) and not engine.wait(timeout_s):
+        reason = engine.trouble or f"no plan after {timeout_s:g} s"
+        engine.close()
+        raise EngineError(f"{engine.name} does not answer: {reason}", remedy="measure the onnxruntime engine")
+    return engine
+
+
 class SwitchingEngine:
     """`first` until `make` has given another engine that answers alike."""
+
+    name: ClassVar[str] = "switching"
 
     def __init__(self, bundle: Bundle, first: Engine, make: Callable[[], Engine], *, tolerance: float) -> None:
         """

@@ -73,4 +73,3 @@ class _TakesLabels:
 
     def predict(self, state: Wrapped[Any], cut: Any) -> Any:
         return self.host.predict(state.host, cut)
-

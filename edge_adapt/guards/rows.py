@@ -42,6 +42,8 @@ def step_on(host: Method[Any], state: Any, seen: Observation, rows: Array, fallb
     step: Step[Any] = host.step(state, picked(seen, rows)) if rows.any() else Step(state)
     if step.aside is not None:
         step = replace(step, aside=scattered(step.aside, rows, 0.0))
+    if step.stands is not None:
+        step = replace(step, stands=scattered(step.stands, rows, 0.0))
     if step.logits is None:
         return replace(step, logits=fallback) if host.answers else step
     return replace(

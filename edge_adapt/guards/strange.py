@@ -1,4 +1,6 @@
-"""A strange frame among others is not learned from; where most frames are strange, it is another domain, and they are.
+"""A strange frame among others is not learned from, and the strangest are answered from source.
+
+Where most frames are strange, it is another domain, and they are learned from.
 
 Strange is relative: a frame's taps are compared with where the bulk of the frames of its time lies, and how far from
 there they usually are. So a domain that is far from source has its own strangers, also while every third frame is one.
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_adapt.delta import Delta
 from edge_adapt.guards.rows import step_on
 from edge_adapt.methods.protocol import TAPS, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
@@ -34,8 +37,8 @@ NARROW = 0.2
 ASIDE, SURE = 2.0, 4.0
 """So many standard deviations above the middle a frame is not learned from, and is told to be strange."""
 LAST, SELDOM, CHANCE = 8, 0.1, 3.2
-"""Frames that are another domain if more of them lie aside than by chance: so many deviations of a binomial distribution
-above the usual share of frames aside, which is taken as `SELDOM` at least."""
+"""Frames that are another domain if more of them lie aside than by chance: so many deviations of a binomial
+distribution above the usual share of frames aside, which is taken as `SELDOM` at least."""
 HALF = 0.5
 """Doubt from which several frames are looked at."""
 
@@ -73,6 +76,7 @@ class Strange(Wrapper[Usual]):
         channels = context.bundle.channels
         spread = context.bundle.source.get("taps.frame_std", np.full(channels, 0.5))
         self.variance = np.square(spread.astype(np.float64)) + 1e-6
+        self.source = Delta.source()
 
     def start(self) -> Usual:
         channels = len(self.variance)
@@ -93,20 +97,36 @@ class Strange(Wrapper[Usual]):
         rows = above <= ASIDE
         fallback = np.zeros((len(rows), 0)) if seen.logits is None else seen.logits
         step = step_on(self.host, state.host, seen, rows, fallback)
-        events = (STRANGE,) * int((above > SURE).sum())
+        sure = above > SURE
+        events = (STRANGE,) * int(sure.sum())
+        step = self._from_source(step, seen, sure) if events else step
         aside = None if rows.all() else ~rows
         return replace(step, state=Wrapped(step.state, usual), events=(*events, *step.events), aside=aside)
 
+    def _from_source(self, step: Step[Any], seen: Observation, rows: Array) -> Step[Any]:
+        """With source's answers to some frames, where the engine answered with something else: they stand."""
+        if self.answers or seen.rehearse is None or seen.logits is None or seen.is_of(self.source):
+            return step
+        given = seen.rehearse(seen.frames[rows], self.source)
+        assert given.logits is not None
+        logits = seen.logits.copy()
+        logits[rows] = given.logits
+        features = None if seen.features is None else seen.features.copy()
+        if features is not None and given.features is not None:
+            features[rows] = given.features
+        return replace(step, logits=logits, features=features, stands=rows)
+
     def _judged(self, usual: Usual, means: Array) -> tuple[Usual, Array]:
-        """With more frames [n, channels], and how far above the usual each is, in standard deviations; -inf unless it
-        is finite."""
+        """With more frames [n, channels], and how far above the usual each is, in standard deviations."""
         settled = len(usual.distances) and not len(usual.first)
         if settled:
             distances = log_distances(means, usual.mean, self.variance)
             known = np.concatenate([usual.distances, distances])[-MEMORY:]
             above = strangeness(distances, known)
             kept = means[above <= ASIDE]
-            mean = usual.mean + len(kept) / MEMORY * (kept.mean(axis=0) - usual.mean) if len(kept) else usual.mean
+            mean = usual.mean
+            if len(kept):
+                mean = mean + min(1.0, len(kept) / MEMORY) * (kept.mean(axis=0) - mean)
             usual = replace(usual, mean=mean, distances=known)
         else:
             block = np.concatenate([usual.first, means.astype(np.float32)])

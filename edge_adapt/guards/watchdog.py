@@ -135,6 +135,8 @@ class Watchdog(Wrapper[Watch]):
         elif tried:
             made, told = self._judged(made)
             events = (*events, *told)
+        if source is not None and not self.answers:  # answers of what is not in force
+            step = replace(step, logits=None, features=None, stands=None)
         held_back = _held_back(own) and seen.logits is not None and self.answers
         return replace(step, state=made, logits=seen.logits if held_back else step.logits, events=events)
 

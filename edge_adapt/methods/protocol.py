@@ -67,6 +67,8 @@ class Answered:
     """[N, D]; None from a method that answers by itself and does not give them."""
     version: int = 0
     """Number of the change of weights it was given with."""
+    stands: Array | None = None
+    """[N] bool, answers that are not given again, whatever was learned since; None if there is none."""
 
     @classmethod
     def of(cls, seen: Observation) -> Answered:
@@ -102,6 +104,8 @@ class Step(Generic[S]):
     """True if these frames are worth answering again with what was learned, where the answers have not left yet."""
     aside: Array | None = None
     """[N] bool, frames that a guard found too strange to learn from; None if there is none."""
+    stands: Array | None = None
+    """[N] bool, answers in `logits` that are not given again, whatever is learned; None if there is none."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ frames of its own domain, V being what is left of unit length: distances are com
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,41 @@ SOURCE = "source"
 """Name of the first entry: the domain that the model was exported on. It stays."""
 MEMORY = 1024
 """Frames that a mean encoding averages over."""
+KNOWN = 64
+"""Frames from which it is known what is usual."""
 RARE = 0.5
 """An entry that was not used for this share of all frames since may be given up before two others are merged."""
+
+
+NO_SCORES: Array = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How strange the frames of a domain usually are to the source model: every domain has its own measure."""
+
+    mean: float = 0.0
+    variance: float = 1.0
+    frames: int = 0
+
+    def after(self, scores: Array) -> Usual:
+        """With the scores [n] of more of its frames."""
+        if not len(scores):
+            return self
+        frames = min(self.frames + len(scores), MEMORY)
+        share = len(scores) / frames
+        mean = self.mean + share * (float(scores.mean()) - self.mean)
+        variance = float(np.square(scores - mean).mean())
+        if self.frames:
+            variance = self.variance + share * (variance - self.variance)
+        return Usual(mean, variance, frames)
+
+    def above(self, scores: Array) -> Array:
+        """[n], how many standard deviations scores are above the mean; zeros before it is known."""
+        if self.frames < KNOWN:
+            return np.zeros(len(scores))
+        made: Array = (scores - self.mean) / np.sqrt(max(self.variance, 1e-12))
+        return made
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,7 @@ class Entry:
     visits: int = 1
     used: int = 0
     """Frame of the stream at which it answered last."""
+    usual: Usual = field(default_factory=Usual)
 
     @property
     def variance(self) -> float:
@@ -50,11 +84,12 @@ class Entry:
         apart = window.mean(axis=0) - self.mean
         return float(apart @ apart) / (self.variance * (1 / len(window) + 1 / self.frames))
 
-    def met(self, window: Array, state: Any, now: int) -> Entry:
-        """After a window [n, width] that was surely of this domain."""
+    def met(self, window: Array, state: Any, now: int, scores: Array = NO_SCORES) -> Entry:
+        """After a window [n, width] that was surely of this domain, and the scores [n] of its frames."""
         frames = min(self.frames + len(window), MEMORY)
         mean = self.mean + len(window) / frames * (window.mean(axis=0) - self.mean)
-        return replace(self, mean=mean.astype(np.float32), frames=frames, state=state, used=now)
+        usual = self.usual.after(scores)
+        return replace(self, mean=mean.astype(np.float32), frames=frames, state=state, used=now, usual=usual)
 
 
 @dataclass(frozen=True)
@@ -81,10 +116,10 @@ class Bank:
         entries[place] = entry
         return replace(self, entries=tuple(entries))
 
-    def grown(self, window: Array, state: Any, now: int) -> Bank:
-        """With one more entry at the end, for the domain of this window [n, width]."""
+    def grown(self, window: Array, state: Any, now: int, scores: Array = NO_SCORES) -> Bank:
+        """With one more entry at the end, for the domain of this window [n, width] with these scores [n]."""
         mean = window.mean(axis=0).astype(np.float32)
-        entry = Entry(f"domain-{self.made + 1}", mean, float(len(window)), state, used=now)
+        entry = Entry(f"domain-{self.made + 1}", mean, float(len(window)), state, used=now, usual=Usual().after(scores))
         return replace(self, entries=(*self.entries, entry), made=self.made + 1)
 
     def shrunk(self, keep: int, now: int) -> tuple[Bank, str]:
@@ -167,8 +202,8 @@ def _walk(value: Any, seen: dict[int, int]) -> None:
         for item in value.values():
             _walk(item, seen)
     elif is_dataclass(value):
-        for field in fields(value):
-            _walk(getattr(value, field.name), seen)
+        for part in fields(value):
+            _walk(getattr(value, part.name), seen)
     elif isinstance(value, dict):
         for item in value.values():
             _walk(item, seen)

@@ -3,6 +3,10 @@
 Where the domain changed, some frames are run once more with source weights and encoded. A window that lies near a known
 domain brings that domain's state back at once; one that stays unknown founds an entry, with the state that the host has
 reached there by then. What a window was not surely of a domain is kept in nobody's entry.
+
+Single strangers found no domain. A frame unlike the others of its time is left out by the guard inside, and here too;
+one that looks like them, but whose answer is far stranger than this domain's usually are, shows something that the
+model does not know: it is told, and says nothing of the domain. Where half of a window is strange, that is the domain.
 """
 
 from __future__ import annotations
@@ -13,18 +17,24 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step, configured
+from edge_adapt.guards.rows import picked
+from edge_adapt.methods.protocol import FEATURES, LOGITS, TAPS, Answered, Context, Method, Observation, Step, configured
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
-from edge_adapt.routing.bank import Bank, Cap
+from edge_adapt.routing import scores
+from edge_adapt.routing.bank import NO_SCORES, Bank, Cap
 from edge_adapt.routing.encoder import Encoder
 
 Array = NDArray[Any]
 
 ROUTE = "route: "
 """What an event begins with that says which entry answers from now on."""
-NEW_DOMAIN, BAD_TAPS = "new domain", "refused: taps are not finite"
+NEW_DOMAIN, BAD_TAPS, NOVEL = "new domain", "refused: taps are not finite", "novel frame"
+
+FAR = 3.0
+"""Standard deviations above the domain's usual score from which a frame is novel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,7 @@ class RouterConfig:
     window: int = 16
     """Frames that are routed together."""
     near: float = 2.0
-    """Distance, in units of its expectation, up to which a window is of a known domain; 99 in 100 are below 1.9."""
+    """Distance, in units of its expectation, up to which a window is of a known domain; 99 in 100 of its own are."""
     patience: int = 2
     """Windows in a row that must be unknown before a domain is new."""
     every: int = 4
@@ -66,6 +76,8 @@ class Routing:
     in_doubt: bool = True
     window: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     """[n, width], encodings of the newest frames, not yet routed."""
+    scores: Array = field(default_factory=lambda: np.zeros(0))
+    """[n], how strange each of them is; empty where the bundle has no fitted score."""
     unknown: int = 0
     """Windows in a row that were near to no entry."""
     quiet: int = 0
@@ -90,6 +102,9 @@ class Router(Wrapper[Routing]):
             )
         self.encoder = Encoder.of(context.bundle)
         self.source = Delta.source()
+        self.judge = _judge(context.bundle)
+        if self.judge is not None and self.judge.score.name == scores.DEFAULT:
+            self.needs = self.needs | {FEATURES}
         self.cap = Cap(self.config.entries, self.config.bytes)
         self.cap.check(host.init())
 
@@ -109,39 +124,63 @@ class Router(Wrapper[Routing]):
         step = self.host.step(state.host, seen)
         own, events = state.own, step.events
         if any(event == "domain change" for event in step.events):
-            own = replace(own, in_doubt=True, window=self._nothing, unknown=0)
+            own = replace(own, in_doubt=True, window=self._nothing, scores=NO_SCORES, unknown=0)
         own = replace(own, quiet=own.quiet + 1)
-        again = step.again
-        if own.in_doubt or own.quiet >= self.config.every:
-            encodings = self._encoded(seen)
-            if encodings is None:
-                return Step(Wrapped(step.state, own), step.logits, (*events, BAD_TAPS), step.features, again)
-            known = own.window if own.window.size else self._nothing
-            own = replace(own, quiet=0, window=np.concatenate([known, encodings])[-2 * self.config.window :])
-            in_doubt = own.in_doubt
-            made, told = self._routed(Wrapped(step.state, own))
-            return Step(made, step.logits, (*events, *told), step.features, again or in_doubt)
-        return replace(step, state=Wrapped(step.state, own))
+        if not own.in_doubt and own.quiet < self.config.every:
+            return replace(step, state=Wrapped(step.state, own))
+        kept = np.ones(len(seen.frames), bool) if step.aside is None else ~step.aside
+        if not kept.any():
+            return replace(step, state=Wrapped(step.state, own))
+        looked = self._with_source(picked(seen, kept))
+        if looked is None:
+            return replace(step, state=Wrapped(step.state, own), events=(*events, BAD_TAPS))
+        own, novel = self._noticed(own, looked)
+        made, told = self._routed(Wrapped(step.state, own))
+        events = (*events, *(NOVEL,) * novel, *told)
+        return replace(step, state=made, events=events, again=step.again or own.in_doubt)
+
+    def _noticed(self, own: Routing, looked: Observation) -> tuple[Routing, int]:
+        """With the encodings of some more frames, and how many were novel: those are left out."""
+        assert looked.taps is not None
+        encodings, found = self.encoder(looked.taps), self._scores(looked)
+        entry = own.bank.entries[own.active]
+        novel = np.zeros(len(encodings), bool)
+        if not own.in_doubt and len(found):
+            novel = entry.usual.above(found) > FAR
+            if 2 * int(novel.sum()) >= len(novel) > 1:
+                novel[:] = False
+        known = own.window if own.window.size else self._nothing
+        last = -2 * self.config.window
+        window = np.concatenate([known, encodings[~novel]])[last:]
+        strange = np.concatenate([own.scores, found[~novel]])[last:] if len(found) else own.scores
+        return replace(own, quiet=0, window=window, scores=strange), int(novel.sum())
+
+    def _scores(self, looked: Observation) -> Array:
+        """[N] with source weights, larger is stranger; [0] where it cannot be told."""
+        if self.judge is None or looked.logits is None:
+            return NO_SCORES
+        found = self.judge(looked.logits, looked.features)
+        return found if np.isfinite(found).all() else NO_SCORES
 
     def watch(self, state: Wrapped[Routing], answered: Answered) -> Step[Wrapped[Routing]]:
         state, final, events = self.watched_by_host(state, answered)
         own = replace(state.own, frames=state.own.frames + len(answered.logits))
         return Step(Wrapped(state.host, own), final.logits, events)
 
-    def _encoded(self, seen: Observation) -> Array | None:
-        """[N, width] with source weights; None if they are not finite."""
+    def _with_source(self, seen: Observation) -> Observation | None:
+        """The same frames with source weights; None if their taps are not finite."""
         if not seen.is_of(self.source):
             assert seen.rehearse is not None
             seen = seen.rehearse(seen.frames, self.source)
         assert seen.taps is not None
         if not all(np.isfinite(part).all() for part in seen.taps):
             return None
-        return self.encoder(seen.taps)
+        return seen
 
     def _routed(self, state: Wrapped[Routing]) -> tuple[Wrapped[Routing], tuple[str, ...]]:
         """After a window is full: stay, go to a known domain, doubt, or found a new one."""
         own, config = state.own, self.config
-        window = own.window[-config.window :]
+        window, found = own.window[-config.window :], own.scores[-config.window :]
         if len(window) < config.window:
             return state, ()
         place, distance = own.bank.nearest(window)
@@ -150,8 +189,8 @@ class Router(Wrapper[Routing]):
         if place == own.active:
             # A false alarm: what the host forgot because of it comes back.
             host = own.bank.entries[place].state if own.in_doubt else state.host
-            bank = own.bank.with_entry(place, own.bank.entries[place].met(window, host, own.frames))
-            own = replace(own, bank=bank, in_doubt=False, window=self._nothing, unknown=0)
+            bank = own.bank.with_entry(place, own.bank.entries[place].met(window, host, own.frames, found))
+            own = replace(own, bank=bank, in_doubt=False, window=self._nothing, scores=NO_SCORES, unknown=0)
             return Wrapped(host, own), ()
         return self._moved(state, window, place)
 
@@ -159,27 +198,40 @@ class Router(Wrapper[Routing]):
         """To a domain that was met before: its state is back at once."""
         entry = state.own.bank.entries[place]
         host = entry.state
-        entry = replace(entry.met(window, host, state.own.frames), visits=entry.visits + 1)
+        found = state.own.scores[-self.config.window :]
+        entry = replace(entry.met(window, host, state.own.frames, found), visits=entry.visits + 1)
         own = replace(
             state.own,
             bank=state.own.bank.with_entry(place, entry),
             active=place,
             in_doubt=False,
             window=self._nothing,
+            scores=NO_SCORES,
             unknown=0,
         )
         return Wrapped(host, own), (ROUTE + entry.name,)
 
     def _unknown(self, state: Wrapped[Routing], window: Array) -> tuple[Wrapped[Routing], tuple[str, ...]]:
         """One window may be chance, or half of one domain and half of another."""
-        own = replace(state.own, in_doubt=True, unknown=state.own.unknown + 1, window=window[len(window) // 2 :])
+        found, half = state.own.scores[-len(window) :], len(window) // 2
+        own = replace(
+            state.own, in_doubt=True, unknown=state.own.unknown + 1, window=window[half:], scores=found[half:]
+        )
         if own.unknown < self.config.patience:
             return Wrapped(state.host, own), ()
-        bank, told = own.bank.grown(window, state.host, own.frames), [NEW_DOMAIN]
+        bank, told = own.bank.grown(window, state.host, own.frames, found), [NEW_DOMAIN]
         while self.cap.exceeded(bank) and len(bank.entries) > 2:
             bank, what = bank.shrunk(len(bank.entries) - 1, own.frames)
             told.append(what)
         name = bank.entries[-1].name
         own = replace(own, bank=bank, active=len(bank.entries) - 1, in_doubt=False, window=self._nothing, unknown=0)
+        own = replace(own, scores=NO_SCORES)
         return Wrapped(state.host, own), (*told, ROUTE + name)
 
+
+def _judge(bundle: Bundle) -> scores.Judge | None:
+    """The best score that was fitted for the bundle, or none."""
+    for name in (scores.DEFAULT, scores.Energy.name):
+        if f"{scores.PREFIX}{name}.threshold" in bundle.source:
+            return scores.load(bundle, name)
+    return None

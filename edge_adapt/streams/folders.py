@@ -188,9 +188,15 @@ def _numbered(path: Path, folders: Sequence[str], classes: Sequence[str] | None)
         if _plain(folder) not in known:
             raise DataError(
                 f"{path / folder} is no class of the model, which knows {len(classes)}",
-                remedy=f"{did_you_mean(folder, classes)} Images without a class lie in one flat folder",
+                remedy=f"{_nearest(folder, classes)}; images without a class lie in one flat folder",
             )
     return {folder: known[_plain(folder)] for folder in folders}
+
+
+def _nearest(folder: str, classes: Sequence[str]) -> str:
+    """A thousand classes are no remedy."""
+    told = did_you_mean(folder, classes)
+    return told.rstrip("?") if len(told) < 200 else f"known: {', '.join(sorted(classes)[:8])} and others"
 
 
 def _plain(name: str) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks.compare import METRICS, Difference, compare, load_results, with_tolerances
+from benchmarks.plans import load_plan
 from edge_adapt import cli
 from edge_adapt.errors import ConfigError, DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 Results = dict[str, Any]
 
 
@@ -217,6 +219,18 @@ def test_files_that_hold_nothing_are_named(tmp_path: Path, text: str | None) -> 
         path.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=r"results\.json"):
         load_results(path)
+
+
+def test_the_baseline_of_ci_is_of_its_plan() -> None:
+    baseline = load_results(ROOT / ".ci" / "baseline.json")
+    kept = {one.key for one in compare(baseline, baseline).differences}
+    names = ("bundle", "data", "scenario", "method", "router", "batch_size", "seed", "engine", "severity", "limit")
+    asked = [
+        {name: getattr(one, name) for name in names} for one in load_plan(ROOT / ".ci" / "plan.yaml").combinations()
+    ]
+    assert [{name: cell[name] for name in names} for cell in baseline["cells"]] == asked
+    assert len(kept) == len(asked)
+    assert {cell["status"] for cell in baseline["cells"]} == {"ok"}
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ import pytest
 
 import benchmarks.cache as cache_module
 import benchmarks.conduct as module
-from benchmarks import images
+from benchmarks import images, recipes
 from benchmarks.cache import CellCache
 from benchmarks.conduct import conduct, resolved
 from benchmarks.environment import processor
-from benchmarks.plans import Plan, load_plan
+from benchmarks.plans import ExportSpec, Plan, load_plan
 from benchmarks.pool import run_pool
 from benchmarks.tasks import run_task
 from edge_adapt.cli import run
@@ -123,6 +123,7 @@ def test_two_jobs_give_the_table_of_one(plan, undisturbed, tmp_path):
     assert table(conduct(plan, cache=tmp_path, jobs=2)) == table(undisturbed)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_table_of_one(plan, undisturbed, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
     assert table(conduct(plan, cache=tmp_path, jobs=2, by="ray")) == table(undisturbed)
@@ -177,6 +178,7 @@ def test_a_damaged_cell_is_made_again_and_told(plan, undisturbed, kept, monkeypa
     assert made == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on(plan_file, undisturbed, tmp_path):
     """SIGKILL to the command alone: nobody tidies up after it."""
     out, random_s = tmp_path / "out", random.Random(0)
@@ -303,3 +305,30 @@ def test_a_damaged_file_of_images_is_made_again(tmp_path):
         for damaged in (b"", file.read_bytes()[:-1], file.read_bytes()[:-1] + b"?"):
             file.write_bytes(damaged)
             np.testing.assert_array_equal(images.corrupt(clean, "fog", 3, seed=1), made)
+
+
+def test_a_recipe_is_exported_once_for_what_it_is_made_of(tmp_path, monkeypatch):
+    made: list[str] = []
+
+    def export(recipe: ExportSpec, out: Path) -> None:
+        made.append(recipe.model)
+        out.mkdir()
+        (out / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(recipes, "_in_own_process", export)
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"1")
+    recipe, told = ExportSpec(model="zoo:vit-tiny", weights=str(weights)), []
+    first = recipes.exported(recipe, tmp_path / "bundles", told.append)
+    assert recipes.exported(recipe, tmp_path / "bundles", told.append) == first
+    assert told == ["exporting zoo:vit-tiny"]
+    weights.write_bytes(b"2")
+    assert recipes.exported(recipe, tmp_path / "bundles", told.append) != first
+    assert recipes.exported(recipe.model_copy(update={"cut": "input"}), tmp_path / "bundles", told.append) != first
+    assert len(made) == 3
+
+
+def test_an_export_that_fails_says_why(tmp_path):
+    with pytest.raises(ArtifactError, match="zoo:non cannot be exported"):
+        recipes.exported(ExportSpec(model="zoo:non"), tmp_path, print)
+    assert not list(tmp_path.glob("*/manifest.json"))

@@ -83,7 +83,7 @@ def sample() -> dict[str, Any]:
         for seed in (0, 1, 2)
     ]
     cells += [cell("moments", "recurring", 64, seed, router="hdc") for seed in (0, 1, 2)]
-    cells += [no_result("foa", "skipped", "takes no prompts"), no_result("cotta", "timeout", "took more than 60 s")]
+    cells += [no_result("foa", "skipped", "takes no prompts"), no_result("cotta", "timeout", "took more\n  than 60 s")]
     return {
         "schema": 2,
         "plan": {"schema": 1, "grid": [{"methods": list(SHARES)}]},
@@ -192,7 +192,7 @@ def test_estimates_stand_against_the_truth(report: str) -> None:
 
 
 def test_a_route_is_drawn_where_there_is_one(report: str) -> None:
-    rows = Page(report).table("entries-over-time-1-recurring-64")[1:]
+    rows = Page(report).table("entries-over-time-4-recurring-64")[1:]
     assert [row[3] for row in rows if row[0] == "moments, hdc"] == ["source", "1", "2"]
 
 
@@ -260,11 +260,13 @@ def test_hostile_names_stay_text_and_in_the_folder(results: dict[str, Any], tmp_
     evil = '../../<script>alert("1")</script>'
     results["cells"] = [one for one in results["cells"] if one["batch_size"] == 64 and one["row"]]
     for one in results["cells"]:
-        one |= {"bundle": evil, "data": "<img src=x>", "scenario": "/etc/passwd" if one["seed"] else "../up"}
+        one |= {"bundle": evil, "data": "<img src=x>", "scenario": "/a/b" if one["seed"] else "../a b"}
     results["environment"]["<b>"] = evil
     write_plan_report(results, tmp_path / "in" / "report.html")
     page = Page((tmp_path / "in" / "report.html").read_text())
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "b>"})
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
     assert all(re.fullmatch(r"[a-z0-9-]+\.csv", file.name) for file in (tmp_path / "in" / "csv").iterdir())
 

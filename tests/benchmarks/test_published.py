@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import published
+from benchmarks.plans import load_plan
+from benchmarks.sweep import BOARDS, read_cells
 from edge_adapt import cli
 from edge_adapt.errors import DataError
 
@@ -51,6 +53,20 @@ def test_new_results_make_every_table_drift(checkout: Path) -> None:
     published.write(checkout)
     assert "| moments | 12.3 |" in (checkout / "README.md").read_text()
     assert published.drifted(checkout) == []
+
+
+def test_the_plan_of_every_table_has_its_cells() -> None:
+    plans = sorted((ROOT / published.RESULTS / "plans").glob("*.yaml"))
+    assert "resnet20-device" in {path.stem for path in plans}
+    for path in plans:
+        asked = load_plan(path).combinations()
+        cells = read_cells(ROOT / published.RESULTS, path.stem)
+        assert {(one.method, one.seed) for one in asked} == {(cell["method"], cell["seed"]) for cell in cells}
+        assert len(asked) == len(cells)
+        assert {one.batch_size for one in asked} == {BOARDS[path.stem].batch_size}
+        recipe = load_plan(path).bundles[path.stem].export
+        assert recipe is not None
+        assert recipe.weights == str(path.parent / f"../../../../shared/data/{BOARDS[path.stem].weights}")
 
 
 def test_only_the_block_is_written(checkout: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from typing import ClassVar
 
@@ -10,6 +13,8 @@ import onnx
 import pytest
 from conftest import TINY_INPUT
 
+from benchmarks.contract import parts
+from benchmarks.contract.stand import Stand
 from edge_adapt.bundle import FULL, Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.halves import in_halves
@@ -17,9 +22,13 @@ from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.engines.onnxruntime_gpu import CudaProviderEngine, ProviderEngine, TensorRTProviderEngine
 from edge_adapt.engines.ported import BIAS, SCALE, feeds_of, ported
 from edge_adapt.engines.ported_engine import PortedEngine, key_of
+from edge_adapt.engines.switching import SwitchingEngine
 from edge_adapt.errors import EngineError
 from edge_adapt.merge import Merger
+from edge_adapt.methods.catalogue import build
+from edge_adapt.methods.protocol import Context
 from edge_adapt.plugins import ENGINES, find
+from edge_adapt.tail import Tail
 from exporters.export import export, from_module
 
 TOLERANCE, HALF_TOLERANCE = 1e-5, 5e-3
@@ -38,8 +47,23 @@ class OnTheProcessor(ProviderEngine):
 
 
 class InHalves(OnTheProcessor):
+    tolerance: ClassVar[float] = 0.02
+
     def _session(self, graph: onnx.ModelProto):
         return super()._session(in_halves(graph))
+
+
+class Switched(SwitchingEngine):
+    """Answers with one engine and then with the other, while it is asked."""
+
+    name: ClassVar[str] = "switched"
+
+    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+        super().__init__(bundle, OnnxRuntimeEngine(bundle), lambda: OnTheProcessor(bundle), tolerance=TOLERANCE)
+
+    @classmethod
+    def probe(cls) -> str | None:
+        return None
 
 
 def random_ports(bundle: Bundle, seed: int) -> Delta:
@@ -61,6 +85,18 @@ def bundle(request) -> Bundle:
 @pytest.fixture
 def frames(bundle) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((7, *bundle.manifest.input.shape), np.float32)
+
+
+@pytest.mark.parametrize("promise", parts.ENGINE_PROMISES, ids=str)
+@pytest.mark.parametrize("kind", [OnTheProcessor, InHalves, Switched])
+def test_the_promises_of_an_engine_hold_for_fed_ports(device_bundle, tiny_data, monkeypatch, promise, kind):
+    """Those that every registered engine is held to; the ones for a GPU are skipped where there is none."""
+    monkeypatch.setattr(parts, "find", lambda group, name: kind)
+    stand = Stand(device_bundle, tiny_data)
+    try:
+        promise.check(stand, parts.Subject(ENGINES, kind.name))
+    finally:
+        stand.close()
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(OnTheProcessor, TOLERANCE), (InHalves, HALF_TOLERANCE)])
@@ -194,3 +230,50 @@ def test_a_provider_that_is_not_here_is_one_sentence(device_bundle, kind):
         pytest.skip(f"{kind.provider} is here")
     with pytest.raises(EngineError, match=rf"(?s)^{kind.provider} cannot run here: .*try: use the onnxruntime engine"):
         kind(device_bundle)
+
+
+@pytest.mark.parametrize("method", ["tent", "eata", "sar", "roid"])
+def test_what_these_methods_change_are_ports_of_a_plan(bundle, method):
+    """The documentation names them; a method that changes whole weights brings ONNX Runtime back."""
+    if bundle.is_reference:
+        pytest.skip("in reference mode the engine does not answer")
+    made = build(method, Context(bundle, lambda: Tail(bundle), 0, {"guards": False}))
+    learned = {f"tail/{name}": value.numpy() + 0.01 for name, value in made.source.items()}
+    assert learned
+    update = Merger(bundle)(random_ports(bundle, 1) | learned)
+    assert {SCALE, BIAS} <= feeds_of(bundle, update).keys()
+
+
+def test_a_cut_right_before_the_head_is_cut_and_features(tiny_net, tmp_path):
+    path = export(from_module(tiny_net, "late", TINY_INPUT), tmp_path / "b", cut="point_bn")
+    bundle = Bundle.load(path)
+    assert bundle.manifest.head is not None
+    model, features = from_module(tiny_net, "late", TINY_INPUT), bundle.manifest.head.features
+    late = Bundle.load(export(model, tmp_path / "c", cut=features))
+    assert late.manifest.cut.tensor == features
+    frames = np.random.default_rng(3).standard_normal((4, 3, 16, 16), np.float32)
+    found = OnTheProcessor(late).observe(frames, cut=True, taps=True, features=True)
+    expected = OnnxRuntimeEngine(late).observe(frames, cut=True, taps=True, features=True)
+    for name in ("logits", "cut", "taps", "features"):
+        assert distance(getattr(found, name), getattr(expected, name)) < TOLERANCE
+
+
+def test_the_same_bundle_gives_the_same_graph_in_every_process(device_bundle):
+    """A plan is found again by the hash of its graph."""
+    code = (
+        "import hashlib, onnx, sys; from edge_adapt.bundle import Bundle; "
+        "from edge_adapt.engines.ported import ported; bundle = Bundle.load(sys.argv[1]); "
+        "graph = ported(onnx.load(bundle.path / 'full.onnx'), bundle, (True, True, True)); "
+        "print(hashlib.sha256(graph.SerializeToString()).hexdigest())"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(device_bundle.path)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(hashes) == 1

@@ -159,6 +159,27 @@ def test_who_applies_makes_the_sessions_and_no_answer_does(bundle, merge, tiny_f
     assert makers == ["learner"] * 6, "two sessions for each change"
 
 
+def test_weights_that_nobody_answered_with_cost_no_session(bundle, merge, tiny_frames, monkeypatch):
+    """While every frame is looked at, ports change often and nothing is answered in INT8."""
+    engine = OnnxRuntimeEngine(bundle)
+    for seed in (0, 1):  # both banks have been made, and looked through
+        engine.apply(merge(random_ports(bundle, seed)))
+        engine.observe(tiny_frames, taps=True)
+    made, count = ort.InferenceSession, []
+
+    def counted(*arguments, **options):
+        count.append(arguments)
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", counted)
+    for seed in range(2, 6):
+        engine.apply(merge(random_ports(bundle, seed)))
+        engine.observe(tiny_frames, taps=True)
+    assert not count
+    engine.run(tiny_frames)
+    assert len(count) == 1
+
+
 def test_an_answer_is_never_a_mixture_of_two_deltas(bundle, merge, tiny_frames):
     engine = OnnxRuntimeEngine(bundle)
     updates = [merge(random_ports(bundle, seed)) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Export in INT8: the two forms of graph, what is refused, what the manifest says; real networks keep their accuracy."""
+"""Export in INT8: two forms of graph, what is refused, what the manifest says; real networks keep their accuracy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from conftest import TINY_INPUT, tiny_images
-from onnx import numpy_helper
 
+from benchmarks.latency import CASES, INT8_CASES, latency
 from edge_adapt.bundle import FULL_INT8, Bundle, InputSpec, Quantised
 from edge_adapt.cli import run
 from edge_adapt.delta import Delta
@@ -97,6 +97,12 @@ def test_source_statistics_are_of_the_engine_that_runs(bundle, tiny_data):
 
 def test_check_verifies_an_int8_bundle(bundle):
     assert max(check(bundle.path).values()) < 1e-4
+
+
+def test_bench_latency_times_the_bare_int8_session_too(bundle):
+    figures = latency(bundle, rounds=2)
+    assert figures["ratios"].keys() == {*CASES, *INT8_CASES}
+    assert figures["ratios"]["bare"] == 1
 
 
 def test_a_damaged_int8_graph_is_not_loaded(bundle):
@@ -199,7 +205,7 @@ def test_wrong_options_are_named(tmp_path, capsys, arguments, expected):
     assert not (tmp_path / "b").exists()
 
 
-# Real networks ---------------------------------------------------------------------------------------------------------
+# Real networks -------------------------------------------------------------------------------------------------------
 
 CIFAR = {"cifar-resnet20": "cifar10_resnet20.safetensors", "cifar-resnet56": "cifar10_resnet56.safetensors"}
 

@@ -122,6 +122,7 @@ def test_int8_for_tensorrt_is_taken_and_the_form_for_a_cpu_is_not_asked_for(buil
             build(onnx.load(int8_bundle.path / FULL_INT8), precision="int8")
 
 
+@pytest.mark.parametrize("int8_bundle", ["tensorrt"], indirect=True)
 def test_int8_with_ports_as_inputs_answers_like_float32(int8_bundle, tiny_frames):
     """The graph that a plan is built of, on ONNX Runtime: what calibration allows for, before and after a change."""
     bundle, merge = int8_bundle, Merger(int8_bundle)

@@ -21,9 +21,9 @@ from device_agents import core
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.building import ATTEMPTS, DISK_FULL, REFUSED, Builder, Progress
-from edge_adapt.engines.cache import KEPT, PlanCache, PlanKey, sealed
+from edge_adapt.engines.cache import KEPT, LIFE, PlanCache, PlanKey, sealed
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
-from edge_adapt.engines.switching import SwitchingEngine
+from edge_adapt.engines.switching import SwitchingEngine, settled
 from edge_adapt.engines.torch import TorchEngine
 from edge_adapt.errors import EngineError
 from edge_adapt.merge import Merger
@@ -258,7 +258,8 @@ def test_an_engine_that_answers_otherwise_does_not_take_over(device_bundle, tiny
     assert not engine.wait(WAIT_S)
     assert "off; onnxruntime answers" in (engine.trouble or "")
     assert len(engine.run(tiny_frames)) == len(tiny_frames)
-    engine.close()
+    with pytest.raises(EngineError, match="does not answer: torch answers"):
+        settled(engine)  # whoever measures must not take one for the other
 
 
 @pytest.mark.fault(26)
@@ -397,13 +398,16 @@ def test_what_a_dead_agent_left_is_cleared(foreman):
     boss.cache.folder.mkdir(parents=True)
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
-    dead = boss.cache.folder / f"aa.{gone.pid}.part"
-    alive = boss.cache.folder / f"bb.{os.getppid()}.part"
-    for path in (dead, alive):
+    folder = boss.cache.folder
+    dead, before = folder / f"aa.{gone.pid}.0123-0.part", folder / f"bb.{os.getpid()}.0123-0.part.onnx"
+    alive, own = folder / f"cc.{os.getppid()}.0123-0.part", folder / f"dd.{os.getpid()}.{LIFE}-99.part"
+    for path in (dead, before, alive, own):
         path.write_bytes(b"half")
     assert boss.plan() == PLAN
     assert not dead.exists()
+    assert not before.exists(), "of an earlier process with this number, as in a container"
     assert alive.exists()
+    assert own.exists()
 
 
 @pytest.mark.fault(27)

@@ -6,14 +6,17 @@ import json
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from benchmarks import scenarios
 from benchmarks.contract import run as contract
+from device_agents.settings import SourceSettings
 from edge_adapt import plugins
 from edge_adapt.cli import run
 from edge_adapt.errors import ConfigError, EngineError
 from edge_adapt.methods.catalogue import fitting
 from edge_adapt.streams.data import load_data
+from edge_adapt.streams.live import SourceEnded, open_source
 
 SOUND = '''
 from edge_adapt.methods.source import Source
@@ -191,3 +194,19 @@ def test_a_package_without_parts_is_refused_with_the_nearest(capsys):
     assert "did you mean edge-adapt" in capsys.readouterr().err
 
 
+
+
+def test_an_agent_may_be_given_a_source_of_another_package(install):
+    install("pack-a", {plugins.SOURCES: {"shower": "pack_a:Shower"}}, pack_a=SHOWER)
+    settings = SourceSettings(kind="shower", place="3")
+    source = open_source(settings.kind, place=settings.place, channels=1)
+    source.open()
+    assert [source.read(1).number for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(SourceEnded):
+        source.read(1)
+    with pytest.raises(ValidationError, match="needs `place`"):
+        SourceSettings(kind="shower")
+    with pytest.raises(ValidationError, match="there is no source 'showre'; did you mean shower"):
+        SourceSettings(kind="showre", place="3")
+    with pytest.raises(ConfigError, match="no source of kind 'showre'"):
+        open_source("showre", place="3")

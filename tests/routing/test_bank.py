@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_adapt.errors import ConfigError
-from edge_adapt.routing.bank import SOURCE, Bank, Cap, size
+from edge_adapt.routing.bank import SOURCE, Bank, Cap, Usual, size
 
 WIDTH = 256
 
@@ -96,3 +96,13 @@ def test_bytes_are_counted_once_for_each_array():
 def test_a_cap_that_is_too_small_for_one_entry_is_refused():
     with pytest.raises(ConfigError, match="one entry takes 4000 bytes"):
         Cap(8, 100).check(Learned(np.zeros(500, np.float32), np.zeros(500, np.float32)))
+
+
+def test_what_is_usual_is_learned_from_a_domains_own_scores():
+    rng = np.random.default_rng(0)
+    usual = Usual()
+    assert usual.above(np.array([50.0])).tolist() == [0.0]
+    for _ in range(40):
+        usual = usual.after(rng.normal(-5, 2, 16))
+    assert (usual.mean, usual.variance) == (pytest.approx(-5, abs=0.3), pytest.approx(4, rel=0.2))
+    assert usual.above(np.array([-5.0, 3.0])) == pytest.approx([0, 4], abs=0.4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from edge_adapt.errors import ConfigError
 from edge_adapt.methods.catalogue import build
 from edge_adapt.methods.protocol import Context
 from edge_adapt.preprocess import Preprocess
+from edge_adapt.routing.bank import KNOWN
 from edge_adapt.routing.router import BAD_TAPS, NEW_DOMAIN, ROUTE
 from edge_adapt.runtime.loop import adapt
 from edge_adapt.runtime.predictor import Predictor
@@ -151,11 +153,59 @@ def test_a_cap_too_small_for_one_entry_is_refused(device_bundle):
 
 
 def test_a_bundle_without_encoder_is_refused_with_the_remedy(device_bundle):
-    from dataclasses import replace
-
     bare = replace(
         device_bundle, source={name: value for name, value in device_bundle.source.items() if "encoder" not in name}
     )
     with pytest.raises(ConfigError, match="no encoder") as caught:
         routed(bare)
     assert "--calibration" in str(caught.value.remedy)
+
+
+def test_strange_frames_among_others_found_no_domain_and_leave_the_descriptor_alone(device_bundle, domains):
+    """Three in ten are black or noise; the entry that grows is that of the rest."""
+    rng = np.random.default_rng(0)
+    images = np.tile(domains["dark"], (2, 1, 1, 1))
+    foreign = np.flatnonzero(rng.random(256) < 0.3)
+    images[foreign] = rng.integers(0, 256, images[foreign].shape, np.uint8)
+    method = routed(device_bundle)
+    events, entries = play(device_bundle, method, [domains["clean"][:64], images, domains["clean"][64:128]])
+    told = [event for part in events for event in part]
+    assert told.count(NEW_DOMAIN) == 1
+    assert entries == ["source", "domain-1", "source"]
+
+
+def test_a_frame_whose_answer_is_far_stranger_than_its_domains_is_told_and_left_out(device_bundle, domains):
+    method = routed(device_bundle)
+    engine = OnnxRuntimeEngine(device_bundle)
+    try:
+        predictor, shape = Predictor(device_bundle, engine), Preprocess(device_bundle.manifest.input)
+        state = method.init()
+        for start in range(0, 256, 8):
+            seen = predictor.look_for(method, shape(domains["clean"][start % 128 : start % 128 + 8]))
+            state = method.step(state, seen).state
+        own = replace(state.own, window=state.own.window[:0], scores=np.zeros(0))
+        usual = own.bank.entries[0].usual
+        assert usual.frames >= KNOWN
+        seen = predictor.look(shape(domains["clean"][:8]), method.needs | method.watches)
+        *_, second, strangest = np.sort(method.judge(seen.logits, seen.features))
+        usual = replace(usual, mean=second, variance=((strangest - second) / 4) ** 2)
+        own = replace(own, bank=own.bank.with_entry(0, replace(own.bank.entries[0], usual=usual)))
+        own, novel = method._noticed(own, seen)
+        assert (novel, len(own.window), len(own.scores)) == (1, 7, 7)
+    finally:
+        engine.close()
+
+
+def test_a_window_of_strange_answers_is_no_novelty(device_bundle, domains):
+    method = routed(device_bundle)
+    engine = OnnxRuntimeEngine(device_bundle)
+    try:
+        predictor, shape = Predictor(device_bundle, engine), Preprocess(device_bundle.manifest.input)
+        own = method.init().own
+        usual = replace(own.bank.entries[0].usual, mean=-1e3, frames=KNOWN)
+        own = replace(own, in_doubt=False, bank=own.bank.with_entry(0, replace(own.bank.entries[0], usual=usual)))
+        seen = predictor.look(shape(domains["clean"][:8]), method.needs | method.watches)
+        own, novel = method._noticed(own, seen)
+        assert (novel, len(own.window)) == (0, 8)
+    finally:
+        engine.close()

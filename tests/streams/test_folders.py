@@ -71,7 +71,10 @@ def test_a_folder_that_is_no_class_is_named_with_the_nearest_class(pets):
     save(pets / "dgo" / "1.png")
     with pytest.raises(DataError, match="dgo is no class of the model") as caught:
         load_data(pets, CLASSES)
-    assert "did you mean dog?" in caught.value.remedy
+    assert "did you mean dog;" in caught.value.remedy
+    with pytest.raises(DataError) as caught:
+        load_data(pets, [f"class {number}" for number in range(1000)])
+    assert len(caught.value.remedy) < 250
 
 
 def test_images_beside_class_folders_have_no_label_and_are_refused(pets):
