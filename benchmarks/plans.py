@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from benchmarks import scenarios
 from benchmarks.tasks import Combination
@@ -88,18 +88,22 @@ class Plan(_Part):
     data: dict[str, DataSpec]
     bundles: dict[str, BundleSpec]
     grid: Annotated[tuple[Grid, ...], Field(min_length=1)]
+    _folder: Path = PrivateAttr(Path())
+    """Where relative paths begin. What is published of a plan holds none of this machine."""
 
     def combinations(self) -> list[Combination]:
         """The cells in the order of the plan; one that two grids ask for comes once."""
         return list(dict.fromkeys(made for grid in self.grid for made in _combinations(grid)))
 
     def used_bundles(self) -> dict[str, BundleSpec]:
-        """Those that a grid asks for."""
-        return {name: spec for name, spec in self.bundles.items() if any(name in grid.bundles for grid in self.grid)}
+        """Those that a grid asks for, with whole paths."""
+        used = {name for grid in self.grid for name in grid.bundles}
+        return {name: _rooted_bundle(spec, self._folder) for name, spec in self.bundles.items() if name in used}
 
     def used_data(self) -> dict[str, DataSpec]:
-        """Those that a grid asks for."""
-        return {name: spec for name, spec in self.data.items() if any(name in grid.data for grid in self.grid)}
+        """Those that a grid asks for, with whole paths."""
+        used = {name for grid in self.grid for name in grid.data}
+        return {name: _rooted_data(spec, self._folder) for name, spec in self.data.items() if name in used}
 
 
 def is_plan(path: Path) -> bool:
@@ -108,7 +112,7 @@ def is_plan(path: Path) -> bool:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan. Paths in it are made relative to its folder. Raises: ConfigError with every mistake and its line."""
+    """Read a plan. Paths in it are relative to its folder. Raises: ConfigError with every mistake and its line."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
@@ -126,7 +130,9 @@ def parse_plan(text: str | bytes, where: str, *, folder: Path) -> Plan:
             raise refusal(where, problems)
     except ConfigError as error:
         raise ConfigError(error.what, remedy=REMEDY) from None
-    return _rooted(document.settings, folder)
+    plan = document.settings
+    plan._folder = folder
+    return plan
 
 
 def _full_form(found: Located) -> Located:
@@ -218,13 +224,8 @@ def _combinations(grid: Grid) -> Iterator[Combination]:
         )
 
 
-def _rooted(plan: Plan, folder: Path) -> Plan:
-    data = {
-        name: spec.model_copy(update={"path": _place(spec.path, folder), "foreign": _place(spec.foreign, folder)})
-        for name, spec in plan.data.items()
-    }
-    bundles = {name: _rooted_bundle(spec, folder) for name, spec in plan.bundles.items()}
-    return plan.model_copy(update={"data": data, "bundles": bundles})
+def _rooted_data(spec: DataSpec, folder: Path) -> DataSpec:
+    return spec.model_copy(update={"path": _place(spec.path, folder), "foreign": _place(spec.foreign, folder)})
 
 
 def _rooted_bundle(spec: BundleSpec, folder: Path) -> BundleSpec:

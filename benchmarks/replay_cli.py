@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 CACHE = Path("runs/cache")
 BOTH = {"what", "out", "json_file", "engine"}
+NAMES = ("bundle", "data", "scenario", "engine", "batch_size", "router", "method", "seed")
+"""What may set the cells of a plan apart."""
 OF_PLANS = {"jobs", "cache"}
 
 
@@ -101,7 +103,6 @@ def replay_plan(
     from benchmarks.conduct import PROCESSES, RAY, conduct
     from benchmarks.plans import load_plan
     from benchmarks.rays import ADDRESS
-    from benchmarks.report import write_plan_report
     from edge_adapt.threads import one_thread
 
     one_thread()
@@ -116,17 +117,31 @@ def replay_plan(
             write_json(place, results)
             typer.echo(f"results: {place}")
     if out is not None:
+        from benchmarks.report import write_plan_report
+
         write_plan_report(results, out / "report.html")
         typer.echo(f"report: {out / 'report.html'}")
-    tell_failures(results["cells"])
+    print_cells(results["cells"])
 
 
-def tell_failures(cells: list[dict[str, Any]]) -> None:
-    """One line for each cell without figures."""
+def print_cells(cells: list[dict[str, Any]]) -> None:
+    """One line for each cell: what sets it apart, error, time against plain inference, and memory above it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    told = [part for part in NAMES if part == "method" or len({cell[part] for cell in cells}) > 1]
+    table = Table(*(part.replace("_", " ") for part in told), "error %", "time", "extra MB", box=SIMPLE_HEAD)
     for cell in cells:
+        name = [str(cell[part]) for part in told]
         if cell["status"] != "ok":
-            name = " ".join(str(cell[part]) for part in ("bundle", "data", "scenario", "method", "seed"))
-            typer.echo(f"{cell['status']}: {name}: {cell['why']}", err=True)
+            typer.echo(f"{cell['status']}: {' '.join(name)}: {cell['why']}", err=True)
+            continue
+        row = cell["row"]
+        figures = (row["error_mean"], "{:.2f}"), (row["time"], "{:.2f}"), (row["extra_mb"], "{:.1f}")
+        table.add_row(*name, *("-" if value is None else form.format(value) for value, form in figures))
+    if table.row_count:
+        Console().print(table)
 
 
 def refuse(names: set[str], why: str, remedy: str) -> None:

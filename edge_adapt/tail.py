@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
-from torch.export.passes import move_to_device_pass
 
 from edge_adapt.bundle import TAIL, Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
@@ -173,6 +172,8 @@ class Tail:
     def _load(self) -> nn.Module:
         exported = load_program(self.bundle.path / TAIL)
         if self.device.type != "cpu":
+            from torch.export.passes import move_to_device_pass
+
             exported = move_to_device_pass(exported, self.device)
         program = exported.module()
         _return_features(program)

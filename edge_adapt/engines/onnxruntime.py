@@ -68,6 +68,8 @@ class OnnxRuntimeEngine:
         self._plan = self._try_live() if live else None
         self._quantised = self._int8() if quantised else None
         self._applying = threading.Lock()
+        self._asked_by: dict[Key, int] = {}
+        """Which thread last ran each kind of session."""
         self._active: Sessions = self._fresh()
         self._idle: Sessions | None = None
         self._active.run(PLAIN, np.zeros((1, *bundle.manifest.input.shape), np.float32))
@@ -102,7 +104,9 @@ class OnnxRuntimeEngine:
         self._check(update)
         with self._applying:
             made = self._written(update)
-            made.prepare(list(self._active.used))
+            here = threading.get_ident()
+            # Another thread's next answer must not wait for a session; this one's would either way.
+            made.prepare([key for key, thread in list(self._asked_by.items()) if thread != here])
             made.tag = tag
             self._active, self._idle = made, None if self._plan is None else self._active
 
@@ -153,6 +157,7 @@ class OnnxRuntimeEngine:
 
     def _run(self, key: Key, frames: Array) -> tuple[list[Array], object]:
         """Outputs, and the tag of the weights that gave them."""
+        self._asked_by[key] = threading.get_ident()
         while True:
             sessions = self._active
             with sessions.lock:

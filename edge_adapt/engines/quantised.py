@@ -4,7 +4,7 @@ Ports and whatever else an update changes are folded into the quantised weights:
 weight scale, the bias into the int32 bias of the convolution. The int8 numbers themselves stay, but for a weight that
 is new as a whole. ONNX Runtime packs bias and weight when a session is made, where the processor has INT8 dot products,
 so that an edit in place would have no effect there: the session is made anew instead, from a graph that was optimised
-once. Whoever applies waits for that, never an answer.
+once. Whoever applies waits for that, never another thread's answer.
 
 Ranges of activations stay as calibrated. What a port moves out of them saturates; calibration has ports moved for that.
 """

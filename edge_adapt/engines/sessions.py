@@ -42,15 +42,12 @@ class Sessions(ABC):
         """What the weights came with."""
         self.holds: LiveUpdate | None = None
         """What was written last: the same again need not be."""
-        self.used: set[Key] = set()
-        """The sessions that ran with these weights; the next weights will need the same."""
         self._inputs, self._answering = inputs, answering
         self._made: dict[Key, Session] = {}
 
     def run(self, key: Key, frames: Array) -> list[Array]:
         """All outputs of the session with those outputs, which is made when first asked for."""
         self.prepare([key])
-        self.used.add(key)
         return self._made[key].run(None, dict(zip(self._inputs, (frames, self.prompts), strict=False)))
 
     def prepare(self, keys: Iterable[Key]) -> None:
@@ -62,7 +59,7 @@ class Sessions(ABC):
     def write(self, update: LiveUpdate) -> None:
         """Change the weights of every session."""
         self._write(update)
-        self.holds, self.prompts, self.used = update, update.prompts, set()
+        self.holds, self.prompts = update, update.prompts
         if self._answering is not None:
             self._made = {key: made for key, made in self._made.items() if not answers(key)}
 

@@ -57,20 +57,17 @@ def test_a_plan_is_the_union_of_its_grids_in_order():
 
 
 def test_paths_are_relative_to_the_plan_and_names_are_not():
-    plan = parsed(GOOD)
-    assert plan.data["cifar"].path == "/plans/images.npz"
-    assert plan.data["digits"].path == "sklearn:digits"
-    assert plan.bundles["small"].path == Path("/plans/runs/small")
-    recipe = plan.bundles["made"].export
+    text = GOOD.replace("data: [cifar]", "data: [cifar, digits]")
+    plan = parsed(text)
+    assert plan.used_data()["cifar"].path == "/plans/images.npz"
+    assert plan.used_data()["digits"].path == "sklearn:digits"
+    assert plan.used_bundles()["small"].path == Path("/plans/runs/small")
+    recipe = plan.used_bundles()["made"].export
     assert recipe is not None
     assert (recipe.model, recipe.weights) == ("zoo:vit-tiny", "/plans/w.safetensors")
     assert recipe.calibration == "sklearn:digits"
-    told = parse_plan(
-        "data: {h: 'har:a.npz'}\nbundles: {b: b}\ngrid: {bundles: [b], data: [h], methods: [source]}",
-        "p",
-        folder=Path("/x"),
-    )
-    assert told.data["h"].path == "har:/x/a.npz"
+    assert parsed(text.replace("images.npz", "'har:a.npz'")).used_data()["cifar"].path == "har:/plans/a.npz"
+    assert "/plans" not in plan.model_dump_json()
 
 
 def test_every_mistake_is_told_at_once_with_its_line_and_the_nearest_name():

@@ -64,7 +64,7 @@ def test_the_plan_of_every_table_has_its_cells() -> None:
         assert {(one.method, one.seed) for one in asked} == {(cell["method"], cell["seed"]) for cell in cells}
         assert len(asked) == len(cells)
         assert {one.batch_size for one in asked} == {BOARDS[path.stem].batch_size}
-        recipe = load_plan(path).bundles[path.stem].export
+        recipe = load_plan(path).used_bundles()[path.stem].export
         assert recipe is not None
         assert recipe.weights == str(path.parent / f"../../../../shared/data/{BOARDS[path.stem].weights}")
 

@@ -142,6 +142,7 @@ def test_a_rehearsal_answers_in_int8_and_changes_nothing(bundle, engine, merge, 
 
 def test_who_applies_makes_the_sessions_and_no_answer_does(bundle, merge, tiny_frames, monkeypatch):
     engine = OnnxRuntimeEngine(bundle)
+    engine.run(tiny_frames)
     engine.observe(tiny_frames, features=True)
     makers, made = [], ort.InferenceSession
 

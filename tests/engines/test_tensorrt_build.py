@@ -17,9 +17,17 @@ from edge_adapt.bundle import FULL
 from edge_adapt.engines import tensorrt, tensorrt_build
 from edge_adapt.engines.building import DISK_FULL, REFUSED, Builder, Outcome, Progress, progress_of, remaining_s
 from edge_adapt.engines.cache import PlanCache, PlanKey
+from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.engines.ported import ported
 from edge_adapt.engines.ported_engine import key_of
-from edge_adapt.engines.tensorrt import TensorRTEngine, command, parts_of, profile_of
+from edge_adapt.engines.tensorrt import (
+    Int8TensorRTEngine,
+    TensorRTEngine,
+    command,
+    parts_of,
+    precision_of,
+    profile_of,
+)
 from edge_adapt.engines.tensorrt_build import MAX_PROMPTS, RefusedError, build, flags_of, library, profiles
 from edge_adapt.errors import EngineError
 from edge_adapt.graph import float_info
@@ -176,6 +184,35 @@ def test_a_torch_without_cuda_is_told(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this torch has CUDA")
     assert TensorRTEngine.probe() == f"torch {torch.__version__} was built without CUDA"
+
+
+def test_where_the_plans_cannot_be_built_onnxruntime_answers_and_says_why(device_bundle, tiny_frames, monkeypatch):
+    """The whole engine, on a machine that only seems to have a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(TensorRTEngine, "probe", classmethod(lambda cls: None))
+    engine = TensorRTEngine(device_bundle)
+    try:
+        assert not engine.wait(60)
+        assert (engine.trouble or "").endswith("onnxruntime answers")
+        np.testing.assert_array_equal(engine.run(tiny_frames), OnnxRuntimeEngine(device_bundle).run(tiny_frames))
+        assert "onnxruntime" in engine.description
+    finally:
+        engine.close()
+
+
+def test_int8_of_a_bundle_without_it_is_one_sentence(device_bundle, monkeypatch):
+    monkeypatch.setattr(TensorRTEngine, "probe", classmethod(lambda cls: None))
+    with pytest.raises(EngineError, match=r"bundle 'tiny' has no INT8 graph for TensorRT\n  try: export it with"):
+        Int8TensorRTEngine(device_bundle)
+
+
+def test_only_a_quantised_graph_is_built_in_int8(device_bundle):
+    graph = onnx.load(device_bundle.path / FULL)
+    assert precision_of(graph, "int8") == "fp32"
+    graph.graph.node.append(helper.make_node("QuantizeLinear", ["a", "b"], ["c"]))
+    assert precision_of(graph, "int8") == "int8"
+    assert precision_of(graph, "fp16") == "fp16"
 
 
 def test_profiles_are_for_one_frame_and_for_many():

@@ -396,7 +396,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def test_a_full_disk_leaves_no_bundle(file, refused, factories, tmp_path, monkeypatch):
     """Each file in turn is the one that no longer fits."""
     full = OSError(28, "No space left on device")
-    write, save, write_manifest = Path.write_bytes, torch.export.save, "exporters.export.write_atomically"
+    write, save, write_manifest = Path.write_bytes, torch.export.save, "exporters.writing.write_atomically"
 
     def write_bytes(path: Path, data: bytes) -> int:
         if path.name == file:

@@ -84,3 +84,26 @@ def test_its_own_test_passes(site, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_they_take_part_in_a_plan_and_its_report(site, device_bundle, tiny_data, tmp_path):
+    np.savez(tmp_path / "tiny.npz", images=tiny_data.images[:64], labels=tiny_data.labels[:64])
+    (tmp_path / "plan.yaml").write_text(f"""
+schema: 1
+data: {{tiny: {{path: tiny.npz}}, squares: {{path: "drifting_square:30"}}}}
+bundles: {{tiny: {{path: {device_bundle.path}}}}}
+grid:
+  - {{bundles: [tiny], data: [tiny], scenarios: [day_and_night], methods: [source, level], batch_sizes: [16]}}
+  - {{bundles: [tiny], data: [squares], scenarios: [real], methods: [level], label_delay: 8}}
+""")
+    done = edge_adapt(site, "replay", "plan.yaml", "--out", "made", "--cache", "cache", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads((tmp_path / "made" / "results.json").read_text())["cells"]
+    assert [(cell["scenario"], cell["method"], cell["status"]) for cell in cells] == [
+        ("day_and_night", "source", "ok"),
+        ("day_and_night", "level", "ok"),
+        ("real", "level", "ok"),
+    ]
+    assert cells[2]["label_delay"] == 8
+    assert "day_and_night" in (tmp_path / "made" / "report.html").read_text()

@@ -103,6 +103,16 @@ def test_replay_can_use_the_frames(tmp_path):
     assert data.images is not None and data.labels is None
     assert data.images.shape == (8, SIDE, SIDE, 3) and data.images.dtype == np.uint8
     assert np.array_equal(data.images[3], given[1][1].image)
+    assert data.ordered and data.gaps == ()
+
+
+def test_a_new_run_is_a_gap_and_the_folder_of_an_agent_will_do(tmp_path):
+    for batches in (3, 2, 1):
+        record(tmp_path / "state" / "recording", batches)
+    data = load_data(tmp_path / "state")
+    assert data.name == "recording"
+    assert len(data) == 12
+    assert data.gaps == (6, 10)
 
 
 def test_the_oldest_go_when_the_cap_is_reached(tmp_path):
