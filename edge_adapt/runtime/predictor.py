@@ -130,7 +130,7 @@ class Predictor:
 
     def apply(self, delta: Delta) -> bool:
         """Put another delta in force; True if it is another one. Raises: StateError, and the old one stays."""
-        if delta is self.delta:
+        if delta is self.delta or not (delta or self.delta):
             return False
         given = self._given(delta, self.version + 1)
         self.engine.apply(given.update, given)

@@ -11,10 +11,10 @@ from typing import ClassVar
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY_INPUT
 
 from benchmarks.contract import parts
 from benchmarks.contract.stand import Stand
+from benchmarks.contract.tiny import TINY_INPUT
 from edge_adapt.bundle import FULL, Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.engines.halves import in_halves

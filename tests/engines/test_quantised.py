@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import TINY_INPUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.contract.tiny import TINY_INPUT
 from edge_adapt.bundle import FULL_INT8, Bundle, LiveLayer
 from edge_adapt.delta import Delta
 from edge_adapt.engines import quantised

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY_INPUT, tiny_images
 
+from benchmarks.contract.tiny import TINY_INPUT, tiny_images
 from benchmarks.latency import CASES, INT8_CASES, latency
 from edge_adapt.bundle import FULL_INT8, Bundle, InputSpec, Quantised
 from edge_adapt.cli import run

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY_INPUT
 
+from benchmarks.contract.tiny import TINY_INPUT
 from edge_adapt.bundle import FULL_INT8, Bundle
 from edge_adapt.cli import run
 from edge_adapt.delta import Delta
