@@ -14,14 +14,11 @@ from benchmarks.contract.tiny import (
     made_tiny_data,
     made_tiny_net,
     tiny_bundle,
-    tiny_images,
 )
 from edge_adapt.bundle import Bundle, InputSpec
 from edge_adapt.streams.data import Dataset
 from exporters.export import export, from_module
 from exporters.zoo.vit import VisionTransformer
-
-__all__ = ["made_tiny_net", "tiny_bundle", "tiny_images"]
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -38,8 +38,9 @@ TOPICS = Topics("ea/v1", "lab", "dev1")
 REPLIES = "ea/v1/lab/_desk/reply"
 START_S, STOP_S = 60.0, 20.0
 BUNDLE = """
-import sys, pathlib, conftest
-conftest.tiny_bundle(conftest.made_tiny_net(), conftest.tiny_images(128), pathlib.Path(sys.argv[1]), "block")
+import sys, pathlib
+from benchmarks.contract.tiny import made_tiny_net, tiny_bundle, tiny_images
+tiny_bundle(made_tiny_net(), tiny_images(128), pathlib.Path(sys.argv[1]), "block")
 """
 """The tests' own network, exported in a process of its own: that needs PyTorch, unlike the agent."""
 

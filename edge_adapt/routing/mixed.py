@@ -1,0 +1,66 @@
+"""Several known domains in one window: whether they are there, and which frame is of which.
+
+One frame says little of its domain by its distance in units of what is expected, but much by which entry it is nearest
+to: on ResNet-20 and CIFAR-10-C 98 % of single frames go to the right one of three entries, 90 % of six, 67 % of all
+fifteen. A window of one domain is no nearer to several entries than to one; of several it is, by a third and more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.methods.protocol import Method, Observation, Step
+from edge_adapt.routing.bank import Bank
+
+Array = NDArray[Any]
+
+
+def gain(bank: Bank, window: Array) -> float:
+    """Share of the squared distance of a window [n, width] that goes when each frame chooses its own entry, 0 to 1."""
+    apart = _apart(bank, window)
+    together = float(apart.mean(axis=0).min())
+    return 1 - float(apart.min(axis=1).mean()) / together if together > 0 else 0.0
+
+
+def places(bank: Bank, encodings: Array, near: float) -> Array:
+    """[n], the entry that each frame is nearest to; source, 0, for one that is near to none.
+
+    Args:
+        encodings: [n, width].
+        near: distance in units of its expectation, up to which a frame is of a known domain.
+    """
+    nearest: Array = _apart(bank, encodings).argmin(axis=1)
+    far = [
+        bank.entries[place].distance(encodings[row : row + 1]) > near for row, place in enumerate(nearest.tolist())
+    ]
+    return np.where(far, 0, nearest)
+
+
+def answered(host: Method[Any], bank: Bank, seen: Observation, of: Array) -> Step[Any]:
+    """Frames, seen with source weights, each answered with what its entry [n] has learned. Nobody learns: the state of
+    the step is None, and the answers stand."""
+    assert seen.rehearse is not None and seen.logits is not None
+    logits = seen.logits.copy()
+    features = None if seen.features is None else seen.features.copy()
+    for place in np.unique(of):
+        delta = host.delta(bank.entries[place].state)
+        rows = of == place
+        if not delta:
+            continue
+        given = seen.rehearse(seen.frames[rows], delta)
+        assert given.logits is not None
+        logits[rows] = given.logits
+        if features is not None and given.features is not None:
+            features[rows] = given.features
+    return Step(None, logits, features=features, stands=np.ones(len(of), bool))
+
+
+def _apart(bank: Bank, encodings: Array) -> Array:
+    """[n, entries], squared distances."""
+    means = np.stack([entry.mean for entry in bank.entries])
+    squares = np.square(encodings).sum(axis=1)[:, None] + np.square(means).sum(axis=1)
+    apart: Array = np.maximum(squares - 2 * encodings @ means.T, 0)
+    return apart
