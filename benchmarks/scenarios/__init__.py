@@ -10,6 +10,7 @@ from benchmarks.scenarios.domains import (
     corrupted,
     gradual,
     mixed_domains,
+    mixed_return,
     natural,
     recurring,
 )
@@ -45,6 +46,9 @@ DOMAINS = (
     Scenario("recurring", "a few corruptions in turn, each of which returns five times", recurring, corruptions=FEW),
     Scenario("clean_return", "continual, with clean frames before and after each corruption", clean_return),
     Scenario("mixed_domains", "every frame of a random corruption", mixed_domains),
+    Scenario(
+        "mixed_return", "a few corruptions in turn, then frames of all of them mixed", mixed_return, corruptions=FEW
+    ),
 )
 LABELS = (
     *(

@@ -94,6 +94,17 @@ def mixed_domains(data: Dataset, severity: int, seed: int, corruptions: Sequence
     yield whole.taken(np.random.default_rng(seed).permutation(len(whole.images)))
 
 
+def mixed_return(data: Dataset, severity: int, seed: int, corruptions: Sequence[str]) -> Iterator[Shift]:
+    """Each domain by itself, and then all of them together: other frames, every one of a random domain."""
+    domains = list(drawn(data, severity, seed, corruptions, VISIT))
+    halves = [len(domain.images) // 2 for domain in domains]
+    for domain, half in zip(domains, halves, strict=True):
+        yield domain.taken(np.arange(half))
+    rest = [domain.taken(np.arange(half, len(domain.images))) for domain, half in zip(domains, halves, strict=True)]
+    whole = joined("mixed", rest)
+    yield whole.taken(np.random.default_rng([seed, 2]).permutation(len(whole.images)))
+
+
 def drawn(data: Dataset, severity: int, seed: int, corruptions: Sequence[str], frames: int) -> Iterator[Shift]:
     """Each corruption over at most so many frames, drawn at random; only these are corrupted."""
     if not data.shifts:

@@ -18,6 +18,7 @@ from edge_adapt.streams.data import Dataset
 
 NEW = {
     *("gradual", "recurring", "clean_return", "mixed_domains", "mixed_domains_correlated", "correlated"),
+    "mixed_return",
     *("label_shift", "burst", "contaminated", "contaminated_10", "contaminated_30"),
 }
 TIME = {"long", "sensor_freeze", "real"}
@@ -157,6 +158,14 @@ def test_mixed_domains_hold_every_frame_of_every_domain_in_random_order(ready):
     assert changes == pytest.approx(2 / 3, abs=0.05)
     for name in (*TWO, CLEAN):
         assert (shift.domains[: 5 * EACH] == name).mean() == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_domains_come_alone_and_then_other_frames_of_all_of_them_mixed(ready):
+    *alone, mixed = played(ready, "mixed_return")
+    assert [shift.name for shift in alone] == [*TWO, CLEAN]
+    assert not set(np.concatenate([numbers(shift) for shift in alone])) & set(numbers(mixed))
+    assert len(mixed.images) == pytest.approx(sum(len(shift.images) for shift in alone), abs=3)
+    assert (mixed.domains[1:] != mixed.domains[:-1]).mean() == pytest.approx(2 / 3, abs=0.1)
 
 
 def test_frames_of_several_sizes_cannot_be_mixed():
