@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.plan_results import OK, Cell, PlanResults, read_plan_results
+from benchmarks.plans.results import OK, Cell, PlanResults, read_plan_results
 from benchmarks.replayed import BASELINE, Results, Row, read_results
 from edge_adapt.errors import ConfigError, DataError, did_you_mean
 

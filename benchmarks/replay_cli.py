@@ -45,7 +45,7 @@ def replay(
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
 ) -> None:
     """Replay a stream through one or more methods, or every cell of a plan, and compare them."""
-    from benchmarks.plans import is_plan
+    from benchmarks.plans.plan import is_plan
     from benchmarks.replay import Replay
 
     given = {name for name in context.params if _given(context, name)}
@@ -100,9 +100,9 @@ def replay_plan(
 ) -> None:
     """Every cell of a plan. Without `by`, Ray if RAY_ADDRESS says where one is."""
     from benchmarks.cli import progress_bar, write_json
-    from benchmarks.conduct import PROCESSES, RAY, conduct
-    from benchmarks.plans import load_plan
-    from benchmarks.rays import ADDRESS
+    from benchmarks.plans.conduct import PROCESSES, RAY, conduct
+    from benchmarks.plans.plan import load_plan
+    from benchmarks.plans.rays import ADDRESS
     from edge_adapt.threads import one_thread
 
     one_thread()

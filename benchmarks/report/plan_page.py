@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.plan_results import Board, Cell, PlanResults, Stream, read_plan_results
+from benchmarks.plans.results import Board, Cell, PlanResults, Stream, read_plan_results
 from benchmarks.replayed import BASELINE
 from benchmarks.report.errors import timeline_plot
 from benchmarks.report.look import Plot, Style, count, csv_uri, listed, method_styles, raw

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.plan_results import Board, PlanResults
+from benchmarks.plans.results import Board, PlanResults
 from benchmarks.replayed import BASELINE, Row
 from benchmarks.report.cost import Placed, cost_of, draw_cost, on_front
 from benchmarks.report.heat import drawn_harm

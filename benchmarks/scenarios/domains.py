@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from benchmarks.images import corrupt
+from benchmarks.plans.images import corrupt
 from benchmarks.scenarios.stream import Array, Shift, joined
 from edge_adapt.errors import DataError
 from edge_adapt.streams.corruptions import CORRUPTIONS

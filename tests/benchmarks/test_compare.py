@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compare import METRICS, Difference, compare, load_results, with_tolerances
-from benchmarks.plans import load_plan
+from benchmarks.plans.plan import load_plan
 from edge_adapt import cli
 from edge_adapt.errors import ConfigError, DataError
 

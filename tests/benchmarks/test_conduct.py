@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import benchmarks.cache as cache_module
-import benchmarks.conduct as module
-from benchmarks import images, recipes
-from benchmarks.cache import CellCache
-from benchmarks.conduct import conduct, resolved
+import benchmarks.plans.cache as cache_module
+import benchmarks.plans.conduct as module
 from benchmarks.environment import processor
-from benchmarks.plans import ExportSpec, Plan, load_plan
-from benchmarks.pool import run_pool
-from benchmarks.tasks import run_task
+from benchmarks.plans import images, recipes
+from benchmarks.plans.cache import CellCache
+from benchmarks.plans.conduct import conduct, resolved
+from benchmarks.plans.plan import ExportSpec, Plan, load_plan
+from benchmarks.plans.pool import run_pool
+from benchmarks.plans.tasks import run_task
 from edge_adapt.cli import run
 from edge_adapt.errors import ArtifactError, ConfigError, DataError
 from edge_adapt.streams import corruptions

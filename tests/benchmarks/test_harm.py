@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harm import harms, main, returns
-from benchmarks.plans import load_plan
+from benchmarks.plans.plan import load_plan
 
-TABLES = Path(__file__).parents[2] / "benchmarks" / "tables"
+TABLES = Path(__file__).parents[2] / "benchmarks" / "plans"
 
 
 def cell(method, error, *, seed=0, batch=64, router="none", frames=1000, scenario="continual", status="ok", visits=()):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from html_page import Page
 
-from benchmarks.plan_results import read_plan_results
+from benchmarks.plans.results import read_plan_results
 from benchmarks.report import write_plan_report
 from benchmarks.report.plan_page import verdict
 from edge_adapt.errors import ConfigError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plans import Plan, load_plan, parse_plan
-from benchmarks.tasks import Task
+from benchmarks.plans.plan import Plan, load_plan, parse_plan
+from benchmarks.plans.tasks import Task
 from edge_adapt.errors import ConfigError
 
 GOOD = """

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from benchmarks.pool import ONE_THREAD, run_pool
-from benchmarks.tasks import Cell, Combination, Task, head
+from benchmarks.plans.pool import ONE_THREAD, run_pool
+from benchmarks.plans.tasks import Cell, Combination, Task, head
 from edge_adapt.errors import EngineError
 
 
@@ -100,7 +100,7 @@ def test_no_task_is_no_process(jobs):
 
 def test_what_is_preloaded_starts_no_thread():
     """A thread would not be there after the fork, and what it held would be held for ever."""
-    code = "import benchmarks.preloaded, os; print(len(os.listdir('/proc/self/task')))"
+    code = "import benchmarks.plans.preloaded, os; print(len(os.listdir('/proc/self/task')))"
     environment = {**os.environ, **ONE_THREAD}
     made = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, cwd="/")
     assert made.stdout.split() == [b"1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import published
-from benchmarks.plans import load_plan
+from benchmarks.plans.plan import load_plan
 from benchmarks.sweep import BOARDS, read_cells
 from edge_adapt import cli
 from edge_adapt.errors import DataError

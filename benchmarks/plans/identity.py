@@ -16,14 +16,14 @@ from edge_adapt.streams.data import DIGITS
 from edge_adapt.streams.recorded import RECORDED
 
 LIBRARIES = ("torch", "numpy", "onnxruntime", "scipy", "pillow", "tensorrt")
-OWN, HARNESS = Path(edge_adapt.__file__).parent, Path(__file__).parent
+OWN, HARNESS = Path(edge_adapt.__file__).parent, Path(__file__).parents[1]
 CODE = {
     "corruptions": (OWN / "streams" / "corruptions",),
     "replay": (
         OWN,
         HARNESS / "scenarios",
-        *(HARNESS / f"{name}.py" for name in ("replay", "score", "costs", "memory", "tasks", "images")),
-        *(HARNESS / f"{name}.py" for name in ("estimate", "late")),
+        *(HARNESS / f"{name}.py" for name in ("replay", "score", "costs", "memory", "estimate", "late")),
+        *(HARNESS / "plans" / f"{name}.py" for name in ("tasks", "images")),
     ),
     "export": (OWN, HARNESS.parent / "exporters"),
 }

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cache import CellCache
 from benchmarks.environment import environment, processor
-from benchmarks.identity import data_digest
-from benchmarks.plans import BundleSpec, Plan
-from benchmarks.pool import run_pool
-from benchmarks.recipes import exported
+from benchmarks.plans.cache import CellCache
+from benchmarks.plans.identity import data_digest
+from benchmarks.plans.plan import BundleSpec, Plan
+from benchmarks.plans.pool import run_pool
+from benchmarks.plans.recipes import exported
+from benchmarks.plans.tasks import Cell, Task
 from benchmarks.scenarios import get
-from benchmarks.tasks import Cell, Task
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError, did_you_mean
 
@@ -112,7 +112,7 @@ def _runner(by: str) -> Runner:
     if by == PROCESSES:
         return lambda tasks, jobs: run_pool(tasks, jobs=jobs)
     if by == RAY:
-        from benchmarks.rays import run_ray
+        from benchmarks.plans.rays import run_ray
 
         return lambda tasks, jobs: run_ray(tasks, jobs=jobs)
     raise ConfigError(

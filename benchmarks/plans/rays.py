@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pool import run_pool
-from benchmarks.tasks import Cell, Task, failed
+from benchmarks.plans.pool import run_pool
+from benchmarks.plans.tasks import Cell, Task, failed
 from edge_adapt.errors import EngineError
 
 ADDRESS = "RAY_ADDRESS"

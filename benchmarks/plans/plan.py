@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from benchmarks import scenarios
-from benchmarks.tasks import Combination
+from benchmarks.plans.tasks import Combination
 from edge_adapt.config import Document, refusal, validated
 from edge_adapt.errors import ConfigError, did_you_mean
 from edge_adapt.located import MAX_BYTES, Loc, Located, Problem, read

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.identity import code_of
-from benchmarks.locks import alone
+from benchmarks.plans.identity import code_of
+from benchmarks.plans.locks import alone
 from edge_adapt.delta import write_atomically
 from edge_adapt.errors import ArtifactError
 from edge_adapt.streams import corruptions

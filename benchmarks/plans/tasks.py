@@ -69,7 +69,7 @@ def run_task(task: Task) -> Cell:
 
     Raises: EdgeAdaptError where something broke that ought to have worked.
     """
-    from benchmarks.images import kept_in
+    from benchmarks.plans.images import kept_in
     from benchmarks.replay import Replay, replay
     from edge_adapt.bundle import Bundle
     from edge_adapt.errors import ArtifactError

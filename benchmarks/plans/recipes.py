@@ -9,10 +9,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.identity import code_of, data_digest
-from benchmarks.locks import alone
-from benchmarks.plans import ExportSpec
-from benchmarks.pool import fresh
+from benchmarks.plans.identity import code_of, data_digest
+from benchmarks.plans.locks import alone
+from benchmarks.plans.plan import ExportSpec
+from benchmarks.plans.pool import fresh
 from edge_adapt.bundle import MANIFEST
 from edge_adapt.errors import ArtifactError, EdgeAdaptError
 

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.identity import code_of
-from benchmarks.locks import alone
-from benchmarks.tasks import OK, SKIPPED, Cell, Task
+from benchmarks.plans.identity import code_of
+from benchmarks.plans.locks import alone
+from benchmarks.plans.tasks import OK, SKIPPED, Cell, Task
 from edge_adapt.delta import write_atomically
 from edge_adapt.errors import ArtifactError
 

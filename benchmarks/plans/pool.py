@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from benchmarks.tasks import TIMEOUT, Cell, Task, failed, run_task, without_figures
+from benchmarks.plans.tasks import TIMEOUT, Cell, Task, failed, run_task, without_figures
 from edge_adapt.errors import EngineError
 
-PRELOADED = ["benchmarks.preloaded"]
+PRELOADED = ["benchmarks.plans.preloaded"]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Spinning threads of a neighbour slow everything, and no thread survives a fork."""
 START_S, GRACE_S = 600.0, 5.0

@@ -13,7 +13,8 @@ from edge_adapt.errors import EdgeAdaptError
 from edge_adapt.plugins import METHODS, ROUTERS, WRAPPERS, find, names
 
 MODULES = (
-    *("benchmarks.tasks", "benchmarks.replay", "benchmarks.images", "edge_adapt.cli", "edge_adapt.tail", "onnx"),
+    *("benchmarks.plans.tasks", "benchmarks.replay", "benchmarks.plans.images"),
+    *("edge_adapt.cli", "edge_adapt.tail", "onnx"),
     *("edge_adapt.streams.recorded", "edge_adapt.streams.recording", "edge_adapt.streams.corruptions.effects"),
     # What `torch.export.load` imports, for seconds, when it is first called.
     *("torch.export.pt2_archive._package", "torch._export.serde.serialize", "torch.export._trace"),
