@@ -12,7 +12,7 @@ demo: $(VENV)/demo.stamp  ## install, then the main job: train, export, adapt, r
 	$(RUN) $(BIN)/edge-adapt demo --out runs/demo --json runs/demo.json
 
 test: $(VENV)/test.stamp lint  ## everything but what is marked slow or fault
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow

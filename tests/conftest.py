@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,14 @@ SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 def one_thread() -> None:
     """Two busy cores and spinning OpenMP threads make a test hundreds of times slower; one thread does not."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The level of logging is what it was, although an agent may have been told to change it."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")
