@@ -15,7 +15,7 @@ test: $(VENV)/test.stamp lint  ## everything but what is marked slow or fault
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp  ## the checks that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
 faults: $(VENV)/test.stamp  ## one test and more for each row of docs/faults.md
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m fault
