@@ -34,7 +34,7 @@ MIDDLE, NEAR, STEP = 0.35, 0.07, 1.1
 are foreign, and how many standard deviations of a normal distribution they are apart if none is."""
 NARROW = 0.2
 """Least standard deviation of a log distance."""
-ASIDE, SURE = 2.0, 6.0
+ASIDE, SURE = 2.0, 8.0
 """So many standard deviations above the middle a frame is not learned from, and is told to be strange."""
 LAST, SELDOM, CHANCE = 8, 0.1, 3.2
 """Frames that are another domain if more of them lie aside than by chance: so many deviations of a binomial
