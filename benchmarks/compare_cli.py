@@ -25,16 +25,14 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="file for all differences")] = None,
 ) -> None:
     """Tell what got worse from one results file to the other; exit status 1 if anything did by more than it may."""
-    from rich.console import Console
-
     from benchmarks.cli import write_json
     from benchmarks.compare import compare as run
     from benchmarks.compare import load_results, with_tolerances
+    from benchmarks.table import screen
 
     metrics = with_tolerances(tolerance or [])
     found = run(load_results(base), load_results(head), metrics)
-    console = Console()
-    print_comparison(found, console if console.is_terminal else Console(width=WIDTH))
+    print_comparison(found, screen(WIDTH))
     if json_file is not None:
         write_json(json_file, found.as_json())
     if found.regressed:

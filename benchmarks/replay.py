@@ -25,7 +25,7 @@ from edge_adapt.delta import Delta
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.engines.switching import settled
 from edge_adapt.errors import ConfigError, DataError, did_you_mean
-from edge_adapt.methods.catalogue import ROUTER, build
+from edge_adapt.methods.catalogue import NO_ROUTER, ROUTER, build
 from edge_adapt.methods.optim import tallied
 from edge_adapt.methods.protocol import Context, Method
 from edge_adapt.plugins import ENGINES, ROUTERS, find, names
@@ -44,8 +44,6 @@ SCHEMA = 1
 WARM_UP = 3
 PLAIN_SHARE = 100
 """Plain inference is timed with one batch for so many of the stream, before it and after it."""
-NONE = "none"
-"""No router."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class Replay:
     seed: int = 0
     corruptions: tuple[str, ...] | None = None
     """None: those of the scenario."""
-    router: str = NONE
+    router: str = NO_ROUTER
     """What chooses among the entries of a bank, around every method but source."""
     engine: str = "onnxruntime"
     threads: int = 1
@@ -85,7 +83,7 @@ class Replay:
             raise ConfigError(f"limit is {self.limit}, expected 1 or more", remedy="leave it out for all frames")
         if not self.methods:
             raise ConfigError("no method was given", remedy="name one or more, such as source,moments")
-        if self.router not in (routers := (NONE, *names(ROUTERS))):
+        if self.router not in (routers := (NO_ROUTER, *names(ROUTERS))):
             raise ConfigError(f"there is no router {self.router!r}", remedy=did_you_mean(self.router, routers))
         for name in self.corruptions or ():
             if name not in CORRUPTIONS:
@@ -133,7 +131,7 @@ def replay(
             "seed": plan.seed,
             "limit": plan.limit,
             "mode": "reference" if bundle.is_reference else "device",
-            **({"router": plan.router} if plan.router != NONE else {}),
+            **({"router": plan.router} if plan.router != NO_ROUTER else {}),
             **({"foreign": NOISE if foreign is None else foreign.name} if scenario.contaminated else {}),
             **({"label_delay": plan.label_delay} if plan.label_delay is not None else {}),
             **({"methods": plan.settings} if plan.settings else {}),
@@ -239,7 +237,7 @@ def _run(
 def method_settings(plan: Replay, method: str) -> dict[str, Any]:
     """What a method is built with; the baseline answers without a bank."""
     settings = plan.settings.get(method, {})
-    return settings if plan.router == NONE or method == BASELINE else {ROUTER: plan.router, **settings}
+    return settings if plan.router == NO_ROUTER or method == BASELINE else {ROUTER: plan.router, **settings}
 
 
 def _shifts(

@@ -15,6 +15,8 @@ CACHE = Path("runs/cache")
 BOTH = {"what", "out", "json_file", "engine"}
 NAMES = ("bundle", "data", "scenario", "engine", "batch_size", "router", "method", "seed")
 """What may set the cells of a plan apart."""
+WIDTH = 120
+"""Columns of a plan's table where nobody watches."""
 OF_PLANS = {"jobs", "cache"}
 
 
@@ -127,8 +129,9 @@ def replay_plan(
 def print_cells(cells: list[dict[str, Any]]) -> None:
     """One line for each cell: what sets it apart, error, time against plain inference, and memory above it."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from benchmarks.table import screen
 
     told = [part for part in NAMES if part == "method" or len({cell[part] for cell in cells}) > 1]
     table = Table(*(part.replace("_", " ") for part in told), "error %", "time", "extra MB", box=SIMPLE_HEAD)
@@ -141,7 +144,7 @@ def print_cells(cells: list[dict[str, Any]]) -> None:
         figures = (row["error_mean"], "{:.2f}"), (row["time"], "{:.2f}"), (row["extra_mb"], "{:.1f}")
         table.add_row(*name, *("-" if value is None else form.format(value) for value, form in figures))
     if table.row_count:
-        Console().print(table)
+        screen(WIDTH).print(table)
 
 
 def refuse(names: set[str], why: str, remedy: str) -> None:

@@ -145,6 +145,12 @@ def cost_metrics(results: Results) -> list[Metric]:
     return [measured(cost.name, "cost", [cost.of(row) for row in rows], amount) for cost in costs_of(rows)]
 
 
+def screen(width: int = WIDTH) -> Console:
+    """Standard output, so wide where it is no terminal and has no width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
+
+
 def print_table(results: Mapping[str, Any] | Results, console: Console | None = None) -> None:
     """Print one row a method; where that is wider than 100 columns, one row a shift and one column a method.
 
@@ -158,10 +164,7 @@ def print_table(results: Mapping[str, Any] | Results, console: Console | None = 
         ConfigError: the results are not what results.json holds.
     """
     checked = read_results(results)
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=WIDTH)
+    console = console or screen()
     metrics = [*error_metrics(checked), *shift_metrics(checked), *cost_metrics(checked)]
     everyone = range(len(checked.rows))
     tables = [_methods_down(checked, metrics)]

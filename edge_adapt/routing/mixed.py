@@ -47,9 +47,9 @@ def answered(host: Method[Any], bank: Bank, seen: Observation, of: Array) -> Ste
     features = None if seen.features is None else seen.features.copy()
     for place in np.unique(of):
         delta = host.delta(bank.entries[place].state)
-        rows = of == place
         if not delta:
-            continue
+            continue  # what was seen is its answer
+        rows = of == place
         given = seen.rehearse(seen.frames[rows], delta)
         assert given.logits is not None
         logits[rows] = given.logits

@@ -72,6 +72,11 @@ class RouterConfig:
                 raise ConfigError(
                     f"router.{name} is {getattr(self, name)}, expected 1 or more", remedy="use the default"
                 )
+        for name in ("near", "mixed"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    f"router.{name} is {getattr(self, name)}, expected more than 0", remedy="use the default"
+                )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from hosts import CLASSES, Count, Host, Taught, observed, sharp
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
@@ -15,92 +15,11 @@ from edge_adapt.guards.default import GUARDS, guarded
 from edge_adapt.guards.finite import BAD_ANSWERS, BAD_DELTA, BAD_FRAMES, Finite
 from edge_adapt.guards.repeated import REPEATED, Repeated
 from edge_adapt.guards.reset import RESET, Reset
-from edge_adapt.guards.strange import STRANGE, Strange
 from edge_adapt.guards.trial import Trial
 from edge_adapt.guards.watchdog import COLLAPSE, LEAP, RETURN, ROLLBACK, Watchdog, taught
 from edge_adapt.methods.catalogue import build
-from edge_adapt.methods.protocol import CUT, LOGITS, TAPS, Answered, Context, Labelled, Observation, Step
+from edge_adapt.methods.protocol import Answered, Context, Labelled
 from edge_adapt.tail import Tail
-
-CLASSES = 5
-
-
-@dataclass(frozen=True)
-class Count:
-    """What the host was shown: frames, and answers."""
-
-    frames: int = 0
-    answers: int = 0
-    delta: Delta = field(default_factory=Delta.source)
-
-
-class Host:
-    """Counts; its delta is what `deltas` says for the number of frames seen."""
-
-    name = "host"
-    requires: frozenset[str] = frozenset()
-    needs = frozenset({TAPS, CUT})
-    watches = frozenset({LOGITS})
-    answers = False
-
-    def __init__(self, deltas=lambda frames: None, correct=lambda logits: None) -> None:
-        self.deltas, self.correct = deltas, correct
-
-    def init(self) -> Count:
-        return Count()
-
-    def look(self, state: Count, frames: int, passed: int) -> int:
-        return min(8, frames)
-
-    def step(self, state: Count, seen: Observation) -> Step[Count]:
-        assert np.isfinite(seen.frames).all()
-        state = replace(state, frames=state.frames + len(seen.frames))
-        delta = self.deltas(state.frames)
-        return Step(state if delta is None else replace(state, delta=delta))
-
-    def watch(self, state: Count, answered: Answered) -> Step[Count]:
-        assert np.isfinite(answered.logits).all()
-        return Step(replace(state, answers=state.answers + len(answered.logits)), self.correct(answered.logits))
-
-    def delta(self, state: Count) -> Delta:
-        return state.delta
-
-
-class Taught(Host):
-    """Learns from labels, too."""
-
-    def learn_from(self, state: Count, labelled: Labelled) -> Step[Count]:
-        return Step(replace(state, frames=-1))
-
-    def predict(self, state: Count, cut: Any) -> Any:
-        return np.zeros((len(cut), CLASSES))
-
-
-@pytest.fixture
-def context(device_bundle: Bundle) -> Context:
-    tail = Tail(device_bundle)
-    return Context(device_bundle, lambda: tail)
-
-
-def sharp(classes, height: float = 8.0) -> np.ndarray:
-    return (np.eye(CLASSES)[np.asarray(classes)] * height).astype(np.float32)
-
-
-def observed(bundle: Bundle, frames: int, seed: int = 0, *, shift: float = 0.0, classes=None, rehearse=None):
-    """A look at frames of the source domain, or of one that is `shift` frame deviations away."""
-    rng = np.random.default_rng(seed)
-    spread = bundle.source["taps.frame_std"].astype(np.float64) + 1e-3
-    mean = bundle.source["taps.mean"] + (rng.normal(size=(frames, bundle.channels)) + shift) * spread
-    second = np.square(mean) + bundle.source["taps.second"] - np.square(bundle.source["taps.mean"])
-    classes = rng.integers(0, CLASSES, frames) if classes is None else classes
-    return Observation(
-        rng.normal(size=(frames, 3, 16, 16)).astype(np.float32),
-        sharp(classes),
-        np.zeros((frames, 8, 16, 16), np.float32),
-        (mean, second),
-        rehearse=rehearse,
-    )
-
 
 # Finite
 
@@ -150,111 +69,7 @@ def test_a_bad_delta_is_not_used(context, number):
     assert step.state.host == Count()
 
 
-# Strange and repeated
-
-
-def settled(guard: Strange, bundle: Bundle, looks: int = 8):
-    state = guard.init()
-    for seed in range(looks):
-        state = guard.step(state, observed(bundle, 8, seed)).state
-    return state
-
-
-def mixed(bundle: Bundle, seed: int, shift: float, foreign: tuple[int, ...], far: float) -> Observation:
-    """A look at 8 frames of a domain `shift` deviations from source, and some that are `far` away."""
-    seen, others = observed(bundle, 8, seed, shift=shift), observed(bundle, 8, seed + 1000, shift=far)
-    assert seen.taps is not None
-    assert others.taps is not None
-    for part, other in zip(seen.taps, others.taps, strict=True):
-        part[list(foreign)] = other[list(foreign)]
-    return seen
-
-
-def test_one_strange_frame_does_not_reach_the_host(context):
-    guard = Strange(context, Host())
-    state = settled(guard, context.bundle)
-    before = state.host.frames
-    step = guard.step(state, observed(context.bundle, 1, 9, shift=20))
-    assert step.events == (STRANGE,)
-    assert step.aside is not None
-    assert step.aside.all()
-    assert step.state.host.frames == before
-    assert guard.look(step.state, 5, 0) >= 1
-
-
-def test_a_look_of_strange_frames_is_another_domain_and_all_of_it_is_learned_from(context):
-    guard = Strange(context, Host())
-    state = settled(guard, context.bundle)
-    whole = guard.step(state, observed(context.bundle, 8, 9, shift=20))
-    assert whole.events == ()
-    assert whole.state.host.frames == state.host.frames + 8
-
-
-def test_strange_frames_one_by_one_become_another_domain_soon(context):
-    guard = Strange(context, Host())
-    state = settled(guard, context.bundle)
-    before = state.host.frames
-    for seed in range(8):
-        state = guard.step(state, observed(context.bundle, 1, 50 + seed, shift=20)).state
-    assert state.host.frames >= before + 4
-
-
-@pytest.mark.parametrize("shift", [0, 5])
-def test_strangers_are_told_apart_in_a_domain_far_from_source_though_three_in_ten_are(context, shift):
-    guard = Strange(context, Host())
-    state, aside = guard.init(), []
-    rng = np.random.default_rng(0)
-    for seed in range(30):
-        foreign = tuple(np.flatnonzero(rng.random(8) < 0.3))
-        step = guard.step(state, mixed(context.bundle, seed, shift, foreign, -12.0))
-        state = step.state
-        rows = np.zeros(8, bool) if step.aside is None else step.aside
-        aside.append((np.isin(np.arange(8), foreign), rows))
-    truth, found = (np.concatenate(parts[1:]) for parts in zip(*aside, strict=True))
-    assert found[truth].mean() > 0.9
-    assert found[~truth].mean() < 0.1
-
-
-def test_healthy_frames_are_seldom_told_to_be_strange_and_few_stay_aside(context):
-    guard = Strange(context, Host())
-    state, events = guard.init(), []
-    for seed in range(200):
-        step = guard.step(state, observed(context.bundle, 4, seed))
-        state, events = step.state, events + list(step.events)
-    assert len(events) <= 4
-    assert state.host.frames > 0.85 * 800
-
-
-def test_the_strangest_are_answered_from_source_and_that_stands(context):
-    ports = Delta.of_ports(np.ones(context.bundle.channels), np.zeros(context.bundle.channels))
-    guard = Strange(context, Host(lambda frames: ports))
-    state = settled(guard, context.bundle)
-    seen = mixed(context.bundle, 9, 0.0, (2,), 20.0)
-    answer = sharp([4])
-
-    def rehearse(frames, delta):
-        assert delta.same_as(Delta.source())
-        return replace(seen, frames=frames, logits=np.repeat(answer, len(frames), axis=0), features=None)
-
-    step = guard.step(state, replace(seen, delta=ports, rehearse=rehearse))
-    assert step.stands is not None
-    assert step.stands.tolist() == [False, False, True] + [False] * 5
-    assert step.logits[2] == pytest.approx(answer[0])
-    assert np.delete(step.logits, 2, axis=0) == pytest.approx(np.delete(seen.logits, 2, axis=0))
-
-
-def test_a_stranger_is_no_evidence_against_what_was_learned(context):
-    """Its answers change as ports come into force, and mean nothing before and after."""
-    guard = Watchdog(context, Strange(context, Host()))
-    state = guard.init()
-    for seed in range(4):
-        state = guard.step(state, observed(context.bundle, 8, seed)).state
-    seen = mixed(context.bundle, 9, 0.0, (0, 3), 20.0)
-    tried = replace(state, own=replace(state.own, trial=Trial.empty()))
-    step = guard.step(tried, replace(seen, delta=Delta.source(), rehearse=lambda frames, delta: seen))
-    assert step.aside is not None
-    assert step.aside[[0, 3]].all()
-    assert len(step.state.own.trial.answers) == int((~step.aside).sum())
+# Repeated
 
 
 def test_a_frozen_camera_is_looked_at_once(context):
@@ -539,9 +354,3 @@ def test_who_has_which_guards(device_bundle, reference_bundle):
     assert names("tent", device_bundle, guards=["finite", "reset"]) == ["reset", "finite"]
     assert names("tent", reference_bundle) == []
     assert names("tent", reference_bundle, guards=True) == everything
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield

@@ -148,6 +148,12 @@ def test_a_router_that_there_is_not_is_refused(device_bundle):
         build("moments", Context(device_bundle, lambda: Tail(device_bundle), settings={"router": "hcd"}))
 
 
+@pytest.mark.parametrize("name", ["near", "mixed", "window"])
+def test_a_setting_that_can_mean_nothing_is_refused(device_bundle, name):
+    with pytest.raises(ConfigError, match=f"router.{name} is 0"):
+        routed(device_bundle, **{name: 0})
+
+
 def test_a_cap_too_small_for_one_entry_is_refused(device_bundle):
     with pytest.raises(ConfigError, match="one entry takes"):
         routed(device_bundle, bytes=10)
