@@ -214,10 +214,12 @@ def test_starved_of_processor_time_it_answers_every_frame_and_learns_within_its_
     source = {"fps": 15.0, "policy": "newest"}
     agent = child(before=("taskset", "-c", crowd), **mqtt_to(broker), source=source, budget={"learn_ms_per_s": 100.0})
     desk.ready(agent)
-    until(lambda: any(each["d"]["answered"] >= 90 for each in desk.watcher.of(f"{ROOT}/tele/perf")))
-    assert desk.watcher.of(f"{ROOT}/tele/perf")[-1]["d"]["dropped"] == 0
-    told = [each["d"] for each in desk.watcher.of(f"{ROOT}/tele/adapt")]
-    assert told[-1]["steps"] > 0 and statistics.median(each["ms_per_s"] for each in told) <= 150
+    told = desk.watcher.of
+    until(lambda: any(each["d"]["answered"] >= 225 for each in told(f"{ROOT}/tele/perf")), timeout_s=60)
+    assert told(f"{ROOT}/tele/perf")[-1]["d"]["dropped"] == 0
+    reports = [each["d"] for each in told(f"{ROOT}/tele/adapt")]
+    settled = reports[len(reports) // 2 :]  # the first seconds may spend what the bucket held from the start
+    assert settled[-1]["steps"] > 0 and statistics.median(each["ms_per_s"] for each in settled) <= 150
 
 
 @pytest.mark.fault(35)
