@@ -20,7 +20,6 @@ from device_agents.recorded import Recording
 from device_agents.rerun import OUTSIDE
 from device_agents.wishes import NAMED, Wish
 from edge_adapt.errors import ConfigError, DataError, StateError
-from edge_adapt.monitor.late import accuracy_interval
 from edge_adapt.runtime.live import GIVEN, OWN, SOURCE, Learned, Reply
 from edge_adapt.runtime.snapshots import SLOTS, SnapshotStore
 from edge_adapt.streams.live.protocol import Frame
@@ -53,7 +52,7 @@ class Acting:
         self._parts = parts
         self._answers: OrderedDict[int, int] = OrderedDict()
         """Frame number -> class, of the latest answers."""
-        self._right = self._labelled = 0
+        self._labelled = 0
         self._verbs: dict[str, Callable[..., dict[str, Any]]] = {
             "ping": self._ping,
             "rebirth": self._rebirth,
@@ -207,9 +206,8 @@ class Acting:
                 known += 1
                 right += answered == label
         self._labelled += known
-        self._right += right
-        if self._labelled:
-            self._parts.board.update(estimate=accuracy_interval(self._right, self._labelled))
+        self._parts.core.gauge.labelled(right, known)
+        self._parts.board.update(estimate=self._parts.core.gauge.estimate)
         return {"known": known, "right": right, "labelled": self._labelled}
 
     def _log_level(self, level: str) -> dict[str, Any]:

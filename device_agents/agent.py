@@ -53,10 +53,17 @@ KINDS = (
     ("guard", "guard"),
     ("refused", "guard"),
     ("domain", "drift"),
+    ("new domain", "drift"),
+    ("route", "drift"),
+    ("merged", "drift"),
+    ("retired", "drift"),
+    ("gauge", "fault"),
     ("learning", "fault"),
     ("adapter", "decision"),
 )
 """Beginnings of what methods tell, and the kind of event that it is."""
+NAMED_BY_START = ("learning failed", "gauge failed", "rollback", "route", "merged", "retired")
+"""Beginnings that name an event; what comes behind the colon differs from time to time."""
 
 
 class Agent:
@@ -228,7 +235,7 @@ class Agent:
     # What others tell the agent.
 
     def _method_told(self, event: str) -> None:
-        name = event.partition(":")[0] if event.startswith(("learning failed", "rollback")) else event
+        name = event.partition(":")[0] if event.startswith(NAMED_BY_START) else event
         self.lookout.guards[name] += 1
         if self.lookout.guards[name] > FEW and not event.startswith("rollback"):
             return  # counted, and shown as a count; a noisy guard must not drown the others

@@ -41,6 +41,8 @@ class Status:
     engine: str = ""
     slot: str = "source"
     """Which adapter answers: `source`, `own` or `adapter`, one that came from outside."""
+    route: str | None = None
+    """The domain whose state answers, where a router tells domains apart."""
     version: int = 0
     """Rises with every change of what is in force."""
     on_probation: bool = False

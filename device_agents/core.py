@@ -15,8 +15,9 @@ from device_agents.wishes import may_answer
 from edge_adapt.bundle import Bundle
 from edge_adapt.engines.protocol import Engine
 from edge_adapt.errors import EdgeAdaptError, EngineError
-from edge_adapt.methods.catalogue import build
+from edge_adapt.methods.catalogue import ROUTER, build
 from edge_adapt.methods.protocol import Context, Method
+from edge_adapt.monitor.gauge import Gauge
 from edge_adapt.plugins import ENGINES, find
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.runtime.budget import Budget, Limits
@@ -44,9 +45,9 @@ class Core:
         self.preprocess = Preprocess(self.bundle.manifest.input)
         chosen = settings.method
         tail = lru_cache(maxsize=1)(lambda: _tail(self.bundle, chosen))
-        self.method: Method[Any] = build(
-            chosen.name, Context(self.bundle, tail, seed=chosen.seed, settings=dict(chosen.settings))
-        )
+        given = {**chosen.settings, ROUTER: chosen.router}
+        self.method: Method[Any] = build(chosen.name, Context(self.bundle, tail, seed=chosen.seed, settings=given))
+        self.gauge = Gauge(self.bundle)
         self.budget = Budget(limits_of(settings.budget), time.monotonic)
         self.loop = self._made(None)
         self.rebuilds = 0
@@ -90,7 +91,7 @@ class Core:
         """Run every session once that answers and looks will use. Raises: EngineError."""
         loop, started = self.loop, time.monotonic()
         frames = np.zeros((1, *self.bundle.manifest.input.shape), np.float32)
-        needs = loop.method.needs | loop.method.watches
+        needs = loop.method.needs | loop.method.watches | self.gauge.needs
         for _ in range(WARM_UPS):
             loop.predictor.answer(frames)
             if needs:
@@ -111,6 +112,7 @@ class Core:
             self.budget,
             queue=settings.budget.queue,
             begin=begin,
+            gauge=self.gauge,
             tell=self._tell,
         )
 

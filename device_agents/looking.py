@@ -15,6 +15,7 @@ from device_agents.decide import Facts, state_of
 from device_agents.host import read_host
 from device_agents.keeping import KeepStage
 from device_agents.stages import AnswerStage
+from edge_adapt.methods.protocol import Routes
 from edge_adapt.runtime.supervisor import Supervisor
 
 PACE_S = 5.0
@@ -90,6 +91,9 @@ class Lookout:
                 "allowed_ms_per_s": core.budget.limits.learn_ms_per_s,
             },
             guards=dict(self.guards),
+            route=core.method.route(learned.state) if isinstance(core.method, Routes) else None,
+            ood=core.gauge.strange,
+            estimate=core.gauge.estimate,
             confidence=float(np.mean([point.confidence for point in points])) if points else None,
             host=host,
             link="none" if network is None else "online" if network.online else "offline",

@@ -48,7 +48,7 @@ def rerun(settings: AgentSettings, recording: Path) -> Rerun:
         if isinstance(note, Note) and note.kind == WISH
     }
     loop: ScriptedLoop[Any] = ScriptedLoop(
-        core.loop.predictor, core.method, core.budget, begin=core.loop.learned, wishes=wishes
+        core.loop.predictor, core.method, core.budget, begin=core.loop.learned, gauge=core.gauge, wishes=wishes
     )
     batches = [event for event in run if isinstance(event, Batch)]
     frames = 0

@@ -76,6 +76,9 @@ class MethodSettings(_Strict):
 
     name: str = Field("auto", description="method, with wrappers behind plus signs")
     settings: dict[str, Any] = Field(default_factory=dict, description="values for fields of the method's config")
+    router: str | dict[str, Any] = Field(
+        "none", description="`hdc` tells domains apart and gives each its own state; or its settings; `none`: one state"
+    )
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = Field(
         "cpu", description="where the tail learns; `auto` takes a GPU if there is one"

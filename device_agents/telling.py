@@ -92,6 +92,7 @@ def telemetry(group: str, status: Status) -> dict[str, Any]:
         return {
             "mode": status.mode,
             "slot": status.slot,
+            "route": status.route,
             "version": status.version,
             "on_probation": status.on_probation,
             "frozen": status.frozen,

@@ -169,6 +169,7 @@ def _answers(status: Mapping[str, Any]) -> RenderableType:
         "Answers",
         {
             "who answers": ", ".join([f"{who}, version {status['version']}", *notes]),
+            **({"domain": status["route"]} if status["route"] is not None else {}),
             "frames a second": _figure(status["fps"], "{:.1f}"),
             "answered": f"{status['answered']:,}" + (f" ({refused})" if refused else ""),
             "est. accuracy": told,

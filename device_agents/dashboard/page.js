@@ -96,7 +96,7 @@ const SLOTS = { source: "Source", own: "Learned here", adapter: "Adapter" };
 
 function showAnswering(status) {
   put("slot", SLOTS[status.slot] ?? status.slot);
-  put("version", `version ${number(status.version)}`);
+  put("version", [`version ${number(status.version)}`, status.route ?? ""].filter(Boolean).join(" · "));
   put("trust", [
     status.on_probation ? "on probation: rolled back if a guard objects" : "",
     status.frozen ? "frozen: learns nothing" : "",

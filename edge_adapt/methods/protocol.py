@@ -186,6 +186,15 @@ class LearnsFromLabels(Protocol[S]):
         ...
 
 
+@runtime_checkable
+class Routes(Protocol):
+    """What a router has besides: it can say which domain it took the latest frames for. `isinstance` tells."""
+
+    def route(self, state: Any) -> str:
+        """Name of the domain whose state answers."""
+        ...
+
+
 def configured(config: Any, settings: dict[str, Any]) -> Any:
     """A frozen config dataclass with some fields replaced. Raises: ConfigError for an unknown field."""
     from dataclasses import fields, replace

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
 from edge_adapt.guards.rows import picked
@@ -117,7 +116,7 @@ class Router(Wrapper[Routing]):
             )
         self.encoder = Encoder.of(context.bundle)
         self.source = Delta.source()
-        self.judge = _judge(context.bundle)
+        self.judge = scores.best(context.bundle)
         if self.judge is not None and self.judge.score.name == scores.DEFAULT:
             self.needs = self.needs | {FEATURES}
         self.cap = Cap(self.config.entries, self.config.bytes)
@@ -129,6 +128,10 @@ class Router(Wrapper[Routing]):
     @property
     def _nothing(self) -> Array:
         return np.zeros((0, self.encoder.width), np.float32)
+
+    def route(self, state: Wrapped[Routing]) -> str:
+        """Name of the entry that answers, or `mixed` where each frame has its own."""
+        return MIXED.removeprefix(ROUTE) if state.own.mixed else state.own.bank.entries[state.own.active].name
 
     def look(self, state: Wrapped[Routing], frames: int, passed: int) -> int:
         if state.own.mixed:
@@ -266,11 +269,3 @@ class Router(Wrapper[Routing]):
         own = replace(own, bank=bank, active=len(bank.entries) - 1, in_doubt=False, window=self._nothing, unknown=0)
         own = replace(own, scores=NO_SCORES)
         return Wrapped(state.host, own), (*told, ROUTE + name)
-
-
-def _judge(bundle: Bundle) -> scores.Judge | None:
-    """The best score that was fitted for the bundle, or none."""
-    for name in (scores.DEFAULT, scores.Energy.name):
-        if f"{scores.PREFIX}{name}.threshold" in bundle.source:
-            return scores.load(bundle, name)
-    return None

@@ -246,6 +246,14 @@ def load(bundle: Bundle, name: str = DEFAULT) -> Judge:
     return Judge(SCORES[name](kept), float(kept["threshold"][0]))
 
 
+def best(bundle: Bundle) -> Judge | None:
+    """The best score that was fitted for the bundle, or none."""
+    for name in (DEFAULT, Energy.name):
+        if f"{PREFIX}{name}.threshold" in bundle.source:
+            return load(bundle, name)
+    return None
+
+
 def _given(features: Array | None, width: int, name: str) -> Array:
     if features is None or features.shape[1] != width:
         found = "none" if features is None else f"{features.shape[1]} a frame"

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError, EdgeAdaptError
 from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Method, Observation, S
+from edge_adapt.monitor.gauge import EVERY, Gauge
 from edge_adapt.runtime.budget import Budget
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.runtime.probation import Probation, Verdict
@@ -85,6 +86,8 @@ class Reply:
 @dataclass(frozen=True)
 class _Look:
     frames: Array
+    learn: bool = True
+    """False: nothing is learned from it, it is for the gauge alone, and no letter that counts."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class LiveLoop(Generic[S]):
         *,
         queue: int = 4,
         begin: Learned[S] | None = None,
+        gauge: Gauge | None = None,
         tell: Callable[[str], None] = lambda event: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -116,6 +120,7 @@ class LiveLoop(Generic[S]):
         Args:
             queue: looks that may wait to be learned from.
             begin: where to go on, such as a snapshot; None: from source.
+            gauge: reads every look; what is learned, and so every answer, is the same without it.
             tell: takes events of the method and its guards. Called from the learning thread; about a method that
                 fails while it is asked about answers, from the answering one.
         Raises: ConfigError if the method can only answer by itself.
@@ -126,13 +131,14 @@ class LiveLoop(Generic[S]):
                 remedy="use moments, auto, or a method that learns from the engine's answers; replay runs any method",
             )
         self.predictor, self.method, self.budget = predictor, method, budget
+        self.gauge = gauge if gauge is not None and gauge.reads else None
         self._queue, self._tell, self._clock = queue, tell, clock
         self._mail: deque[_Look | _Watch | _Wish] = deque()
         self._arrived = threading.Condition()
         self._looks = self._watches = 0
         """Letters of each kind in the mailbox."""
-        self._passed = 0
-        """Frames answered unseen since the last look."""
+        self._passed = self._unread = 0
+        """Frames answered unseen since the last look, and unread since the last that the gauge had."""
         self._closed = False
         self.counts: Counter[str] = Counter()
         """looks, steps, shed, watched, failed."""
@@ -161,6 +167,7 @@ class LiveLoop(Generic[S]):
             self._passed = len(frames) - count + (0 if count else self._passed)
             if self.method.watches and not learned.frozen:
                 posted.append(self._post(_Watch(answered)))
+            self._read_now_and_then(frames, looked=count > 0)
         return Reply(self._corrected(learned, answered), answered.version, learned.done, count, tuple(posted))
 
     def _current(self) -> Learned[S]:
@@ -184,6 +191,14 @@ class LiveLoop(Generic[S]):
             self.counts["shed"] += 1
             return 0
         return wanted
+
+    def _read_now_and_then(self, frames: Array, *, looked: bool) -> None:
+        """A look for the gauge alone, where the method takes none."""
+        self._unread = 0 if looked else self._unread + len(frames)
+        if self.gauge is None or self._unread < EVERY or self._looks or self.budget.denies():
+            return
+        self._unread = 0
+        self._post(_Look(frames[:1], learn=False))
 
     def _corrected(self, learned: Learned[S], answered: Answered) -> Array:
         """The method's last word on an answer, where what it learned answers. What it makes of its state is dropped
@@ -266,6 +281,8 @@ class LiveLoop(Generic[S]):
         try:
             if isinstance(letter, _Wish):
                 self._grant(letter)
+            elif isinstance(letter, _Look) and not letter.learn:
+                self._read(letter)
             else:
                 self._learn(letter)
         finally:
@@ -303,11 +320,10 @@ class LiveLoop(Generic[S]):
             self.counts["watched"] += 1
             step = self.method.watch(learned.state, letter.answered)
             return replace(learned, state=step.state), step.events
-        delta = self.predictor.delta
-        seen = self.predictor.rehearse(letter.frames, delta, self._needs(learned))
-        seen = replace(seen, trunk=lambda frames: self.predictor.trunk_aside(frames, delta))
+        seen = self._looked(letter)
         self.counts["looks"] += len(seen.frames)
         self.counts["steps"] += 1
+        self._gauged(seen, learned)
         step = self.method.step(learned.state, seen)
         new = replace(learned, state=step.state)
         if OWN not in learned.may_answer:
@@ -315,6 +331,31 @@ class LiveLoop(Generic[S]):
             self.shadow = self.shadow.after(seen, own) if own else self.shadow
         tried, events = self._tried(new, seen)
         return tried, (*step.events, *events)
+
+    def _looked(self, letter: _Look) -> Observation:
+        delta = self.predictor.delta
+        needs = self._needs(self.learned) if letter.learn else frozenset()
+        if self.gauge is not None:
+            needs |= self.gauge.needs
+        seen = self.predictor.rehearse(letter.frames, delta, needs)
+        return replace(seen, trunk=lambda frames: self.predictor.trunk_aside(frames, delta))
+
+    def _read(self, letter: _Look) -> None:
+        try:
+            seen = self._looked(letter)
+        except Exception as error:
+            self._tell(f"gauge failed: {type(error).__name__}: {_first_line(error)}")
+        else:
+            self._gauged(seen, self.learned)
+
+    def _gauged(self, seen: Observation, learned: Learned[S]) -> None:
+        """Never raises: nothing depends on what the gauge makes of it."""
+        if self.gauge is None or seen.logits is None:
+            return
+        try:
+            self.gauge.after(seen, self._corrected(learned, Answered.of(seen)))
+        except Exception as error:
+            self._tell(f"gauge failed: {type(error).__name__}: {_first_line(error)}")
 
     def _tried(self, learned: Learned[S], seen: Observation) -> tuple[Learned[S], tuple[str, ...]]:
         """One more look at an adapter that is on probation."""

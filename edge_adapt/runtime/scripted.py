@@ -63,5 +63,8 @@ class ScriptedLoop(LiveLoop[S]):
     def _to_look_at(self, learned: Learned[S], frames: int) -> int:
         return self._recorded.looked
 
+    def _read_now_and_then(self, frames: Array, *, looked: bool) -> None:
+        """No letter of the record."""
+
     def _post(self, letter: Any) -> bool:
         return super()._post(letter) if next(self._taken, False) else False
