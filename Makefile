@@ -6,7 +6,7 @@ RUN := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning
 
 LONG := chaos soak outage roundtrip fuzz
 
-.PHONY: demo test test-slow faults lint clean agent-short $(LONG)
+.PHONY: demo test test-slow faults lint clean agent-short no-harm $(LONG)
 
 demo: $(VENV)/demo.stamp  ## install, then the main job: train, export, adapt, report
 	$(RUN) $(BIN)/edge-adapt demo --out runs/demo --json runs/demo.json
@@ -28,6 +28,11 @@ agent-short: $(VENV)/test.stamp  ## short cuts of all of them, figures into runs
 	rm -rf runs/agent
 	for check in $(LONG); do echo "== $$check" && OMP_NUM_THREADS=1 \
 	  $(BIN)/python tests/long/$$check.py --short --bundle runs/agent/bundle || exit 1; done
+
+no-harm: $(VENV)/test.stamp  ## every scenario x method against source: hours, and it goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/edge-adapt replay benchmarks/plans/no_harm.yaml --jobs 2 \
+	  --out runs/no_harm --cache runs/no_harm/cache
+	$(BIN)/python -m benchmarks.harm runs/no_harm/results.json benchmarks/results
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Does anything do harm? The results of a plan held against source: `python -m benchmarks.harm results.json`."""
+"""Does anything do harm? The results of a plan held against source: `python -m benchmarks.harm results.json`.
+
+With a folder behind it, such as benchmarks/results, the figures and their tables are written there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.replayed import BASELINE, Visit
 from benchmarks.visits import on_return, settled
@@ -35,14 +38,46 @@ class Harm:
     noise: float
     """One standard error of source's error over the frames that are scored: what chance may do."""
 
+    names: ClassVar[tuple[str, ...]] = STREAM
+    """Of the parts of `stream`."""
+
     @property
     def harms(self) -> bool:
         return self.error > self.source + HARM + self.noise
 
+    @property
+    def row(self) -> str:
+        """Method, and router if there is one."""
+        return self.method if self.router == "none" else f"{self.method} ({self.router})"
+
+    @property
+    def column(self) -> str:
+        """Scenario and data."""
+        _, data, scenario, *_ = self.stream
+        return f"{scenario} ({data})"
+
     def __str__(self) -> str:
         told = " ".join(str(part) for part in (*self.stream[:3], f"batch {self.stream[3]}"))
-        method = self.method if self.router == "none" else f"{self.method} ({self.router})"
-        return f"{told}: {method} {self.error:.2f}, source {self.source:.2f}, noise {self.noise:.2f}"
+        return f"{told}: {self.row} {self.error:.2f}, source {self.source:.2f}, noise {self.noise:.2f}"
+
+
+@dataclass(frozen=True)
+class Return:
+    """A method where domains come back."""
+
+    bundle: str
+    batch_size: int
+    method: str
+    router: str
+    arriving: float
+    """Error over the first 128 frames of each visit but the first."""
+    settled: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bundle} batch {self.batch_size} {self.method} ({self.router}): "
+            f"on return {self.arriving:.2f}, settled {self.settled:.2f}"
+        )
 
 
 def harms(cells: Sequence[Cell]) -> Iterator[Harm]:
@@ -61,18 +96,19 @@ def harms(cells: Sequence[Cell]) -> Iterator[Harm]:
         yield Harm(tuple(stream), method, router, source, error, noise)
 
 
-def returns(cells: Sequence[Cell]) -> Iterator[str]:
-    """What a bank gains where domains come back: the error on return, settled, and without the bank."""
+def returns(cells: Sequence[Cell]) -> Iterator[Return]:
+    """What a bank gains where domains come back. Streams whose visits are too short to tell are left out."""
     for key, found in _by(
         [cell for cell in cells if cell["scenario"] == "recurring"], (*STREAM, "method", "router")
     ).items():
         made = [_returning(cell) for cell in found]
         arriving, late = (fmean(part) for part in zip(*made, strict=True))
-        yield f"{key[0]} batch {key[3]} {key[-2]} ({key[-1]}): on return {arriving:.2f}, settled {late:.2f}"
+        if not math.isnan(late):
+            yield Return(key[0], key[3], key[-2], key[-1], arriving, late)
 
 
-def main(path: Path) -> int:
-    """Print every cell that harms and every one that broke; 1 if there is any."""
+def main(path: Path, folder: Path | None = None) -> int:
+    """Print every cell that harms and every one that broke; 1 if there is any. `folder`: where tables are written."""
     cells: list[Cell] = json.loads(path.read_text())["cells"]
     broken = [cell for cell in cells if cell["status"] in ("failed", "timeout")]
     good = [cell for cell in cells if cell["status"] == "ok" and cell["row"]["error_mean"] is not None]
@@ -84,6 +120,10 @@ def main(path: Path) -> int:
             print(f"HARM   {harm}")
     for line in returns(good):
         print(f"return {line}")
+    if folder is not None:
+        from benchmarks import harm_report
+
+        harm_report.write(path, folder)
     worst = max(found, key=lambda harm: harm.error - harm.source, default=None)
     print(f"{len(found)} cells beside source, {sum(harm.harms for harm in found)} harm; the worst: {worst}")
     return int(bool(broken) or any(harm.harms for harm in found))
@@ -120,4 +160,4 @@ def _returning(cell: Cell) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import sweep_report
+from benchmarks import harm_report, sweep_report
 from benchmarks.board_plans import plan_file, plan_of
 from benchmarks.sweep import BASELINE, BOARDS, read_cells
 from benchmarks.sweep_report import Summary, summaries
@@ -28,6 +28,8 @@ def expected(root: Path) -> dict[Path, str]:
     for board in BOARDS.values():
         if (place := plan_file(board)) is not None and (cells := read_cells(root / RESULTS, board.id)):
             made[root / RESULTS / place] = plan_of(board, cells)
+    if (figures := root / RESULTS / harm_report.FIGURES).exists():
+        made[root / RESULTS / harm_report.PAGE] = harm_report.page(figures)
     for name, blocks in BLOCKS.items():
         text = _read(root / name)
         for block, body in blocks.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harm import harms, main, returns
+from benchmarks.harm_report import FIGURES, PAGE, page
 from benchmarks.plans.plan import load_plan
 
 TABLES = Path(__file__).parents[2] / "benchmarks" / "plans"
@@ -53,8 +54,8 @@ def test_a_cell_that_broke_fails_the_check_and_one_without_source_is_not_judged(
 def test_what_is_told_of_domains_that_return():
     visits = [{"name": "fog", "start": 0, "frames": 256, "error": [80, 70, 60, 50]}]
     visits += [{"name": "fog", "start": 512 * n, "frames": 256, "error": [30, 20, 10, 20]} for n in (1, 2)]
-    (line,) = returns([cell("moments", 30, scenario="recurring", router="hdc", visits=visits)])
-    assert line == "rn20 batch 64 moments (hdc): on return 25.00, settled 15.00"
+    (found,) = returns([cell("moments", 30, scenario="recurring", router="hdc", visits=visits)])
+    assert str(found) == "rn20 batch 64 moments (hdc): on return 25.00, settled 15.00"
 
 
 @pytest.mark.parametrize("name", ["no_harm", "no_harm_short"])
@@ -63,3 +64,25 @@ def test_the_plans_of_the_tables_are_sound_and_have_source_beside_every_cell(nam
     streams = [(c.bundle, c.data, c.scenario, c.batch_size, c.seed, c.limit, c.corruptions) for c in combinations]
     sources = {stream for stream, c in zip(streams, combinations, strict=True) if c.method == "source"}
     assert set(streams) == sources
+
+
+def test_what_is_published_says_the_same_as_the_results(tmp_path):
+    visits = [{"name": "fog", "start": 512 * n, "frames": 256, "error": [30, 20, 10, 20]} for n in (0, 1, 2)]
+    cells = [cell("source", 20.0), cell("tent", 19.0), cell("cotta", 22.0), cell("lae", None, status="failed")]
+    cells += [cell(name, 30, scenario="recurring", router="hdc", visits=visits) for name in ("source", "moments")]
+    for each in cells:
+        each["bundle_id"] = "0"
+        if each["row"]:
+            each["row"] |= {"time": 1.0, "timeline": [1] * 1000}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"schema": 2, "environment": {}, "cells": cells}))
+    assert main(path, tmp_path) == 1
+    assert "timeline" not in (tmp_path / FIGURES).read_text()
+    kept = json.loads((tmp_path / FIGURES).read_text())["cells"]
+    good = [each for each in kept if each["status"] == "ok"]
+    assert list(map(str, harms(good))) == list(map(str, harms([each for each in cells if each["status"] == "ok"])))
+    text = (tmp_path / PAGE).read_text()
+    assert text == page(tmp_path / FIGURES)
+    assert "| source | 20.0 % |" in text and "| tent | -1.0 |" in text and "| cotta | **+2.0** |" in text
+    assert "1 of 3. 1 cells broke" in text
+    assert "| rn20 | 64 | moments | hdc | 25.0 | 15.0 |" in text

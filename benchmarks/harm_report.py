@@ -1,0 +1,109 @@
+"""What is committed of the matrix of no harm: the figures it is judged by, and pages of tables made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harm import HARM, Cell, Harm, Return, harms, returns
+from benchmarks.replayed import BASELINE
+from benchmarks.sweep_report import markdown
+from benchmarks.table import NOTHING
+from edge_adapt.delta import write_atomically
+
+FIGURES, PAGE = "no_harm.json", "no_harm.md"
+KEPT = (
+    "bundle", "bundle_id", "data", "scenario", "method", "router", "batch_size", "seed", "engine", "severity", "limit",
+    "corruptions", "status", "why",
+)  # fmt: skip
+HARMFUL = "**{}**"
+
+
+def compact(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of a plan without what no table here is made from, such as timelines: in the same form."""
+    return {
+        "schema": results["schema"],
+        "environment": results["environment"],
+        "cells": [_compact(cell) for cell in results["cells"]],
+    }
+
+
+def _compact(cell: Cell) -> Cell:
+    kept = {name: cell[name] for name in KEPT if name in cell}
+    scored = sum(shift.get("genuine", shift["frames"]) for shift in cell["shifts"])
+    kept["shifts"] = [{"name": "all", "start": 0, "frames": scored}]
+    row = cell["row"]
+    if row is None:
+        return kept | {"row": None}
+    told = bool(list(returns([cell])))
+    return kept | {"row": {"error_mean": row["error_mean"], "time": row["time"], "visits": row["visits"] * told}}
+
+
+def write(results: Path, folder: Path) -> None:
+    """Both files, made anew from the results of a plan."""
+    made = compact(json.loads(results.read_text()))
+    write_atomically(folder / FIGURES, (json.dumps(made, separators=(",", ":")) + "\n").encode())
+    write_atomically(folder / PAGE, page(folder / FIGURES).encode())
+
+
+def page(figures: Path) -> str:
+    """The tables, as Markdown."""
+    made = json.loads(figures.read_text())
+    good = [cell for cell in made["cells"] if cell["status"] == "ok" and cell["row"]["error_mean"] is not None]
+    found = list(harms(good))
+    broken = len(made["cells"]) - len([cell for cell in made["cells"] if cell["status"] == "ok"])
+    worst = max(found, key=lambda harm: harm.error - harm.source)
+    parts = [
+        "# No harm",
+        f"Mean error less that of `source` on the same frames, in points; below zero is better. Above {HARM} and one "
+        f"standard error of source's own, it harms and stands in bold: {sum(harm.harms for harm in found)} of "
+        f"{len(found)}. {broken} cells broke. The worst: {worst}.\n\n"
+        "Made by `make no-harm` from [no_harm.yaml](../plans/no_harm.yaml), which says how many frames, seeds and "
+        "corruptions; more seeds are taken together.",
+    ]
+    for title, group in _matrices(found):
+        parts.append(f"## {title}\n\n{matrix(group)}")
+    parts.append(f"## Domains that come back\n\n{returning(list(returns(good)))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _matrices(found: Iterable[Harm]) -> Iterable[tuple[str, list[Harm]]]:
+    """Each bundle, batch size and length of stream by itself."""
+    groups: dict[str, list[Harm]] = {}
+    for harm in found:
+        at = dict(zip(harm.names, harm.stream, strict=True))
+        length = "all frames" if at["limit"] is None else f"{at['limit']} frames a domain"
+        groups.setdefault(f"{at['bundle']}, batch {at['batch_size']}, {length}", []).append(harm)
+    return groups.items()
+
+
+def matrix(found: Sequence[Harm]) -> str:
+    """Methods by streams; source's own error in the first line."""
+    streams = list(dict.fromkeys(harm.column for harm in found))
+    sources = {harm.column: harm.source for harm in found}
+    by = {(harm.row, harm.column): harm for harm in found}
+    lines = [["method", *streams], ["---", *("---:" for _ in streams)]]
+    lines.append([BASELINE, *(f"{sources[stream]:.1f} %" for stream in streams)])
+    for row in dict.fromkeys(harm.row for harm in found):
+        lines.append([row, *(_figure(by.get((row, stream))) for stream in streams)])
+    return markdown(lines)
+
+
+def _figure(harm: Harm | None) -> str:
+    if harm is None:
+        return NOTHING
+    told = f"{harm.error - harm.source:+.1f}"
+    return HARMFUL.format(told) if harm.harms else told
+
+
+def returning(found: Sequence[Return]) -> str:
+    """The error over the first 128 frames of every visit but the first, and over the rest, with and without a bank."""
+    lines = [["bundle", "batch", "method", "router", "on return", "settled"]]
+    lines.append(["---", "---:", "---", "---", "---:", "---:"])
+    for each in found:
+        lines.append(
+            [each.bundle, str(each.batch_size), each.method, each.router, f"{each.arriving:.1f}", f"{each.settled:.1f}"]
+        )
+    return markdown(lines)
