@@ -6,7 +6,7 @@ RUN := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning
 
 LONG := chaos soak outage roundtrip fuzz
 
-.PHONY: demo test test-slow faults lint clean agent-short no-harm $(LONG)
+.PHONY: demo test test-slow faults lint clean agent-short no-harm domains $(LONG)
 
 demo: $(VENV)/demo.stamp  ## install, then the main job: train, export, adapt, report
 	$(RUN) $(BIN)/edge-adapt demo --out runs/demo --json runs/demo.json
@@ -33,6 +33,9 @@ no-harm: $(VENV)/test.stamp  ## every scenario x method against source: hours, a
 	OMP_NUM_THREADS=1 $(BIN)/edge-adapt replay benchmarks/plans/no_harm.yaml --jobs 2 \
 	  --out runs/no_harm --cache runs/no_harm/cache
 	$(BIN)/python -m benchmarks.harm runs/no_harm/results.json benchmarks/results
+
+domains: $(VENV)/test.stamp  ## how well domains, strangers and accuracy are told; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.domains ../shared/data
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import harm_report, sweep_report
+from benchmarks import domains, harm_report, sweep_report
 from benchmarks.board_plans import plan_file, plan_of
 from benchmarks.sweep import BASELINE, BOARDS, read_cells
 from benchmarks.sweep_report import Summary, summaries
@@ -30,6 +30,8 @@ def expected(root: Path) -> dict[Path, str]:
             made[root / RESULTS / place] = plan_of(board, cells)
     if (figures := root / RESULTS / harm_report.FIGURES).exists():
         made[root / RESULTS / harm_report.PAGE] = harm_report.page(figures)
+    if (folder := root / RESULTS / "domains").exists():
+        made[folder / domains.PAGE] = domains.page(folder)
     for name, blocks in BLOCKS.items():
         text = _read(root / name)
         for block, body in blocks.items():
