@@ -48,7 +48,8 @@ class Gauge:
     @property
     def needs(self) -> frozenset[str]:
         """What a look has to bring beside answers."""
-        return frozenset({FEATURES}) if self._judge or self._accuracy else frozenset()
+        by_features = self._judge is not None and self._judge.score.name == scores.DEFAULT
+        return frozenset({FEATURES}) if by_features or self._accuracy else frozenset()
 
     @property
     def reads(self) -> bool:
@@ -59,12 +60,10 @@ class Gauge:
         """Read one more look.
 
         Args:
-            looked: with logits and features, and `rehearse` if it was not given with source weights.
+            looked: with logits and what `needs` says, and `rehearse` if it was not given with source weights.
             answers: [N, K], logits as they leave the loop.
         """
-        if looked.logits is None or looked.features is None:
-            return
-        fine: Array = np.logical_and(np.isfinite(looked.features).all(axis=1), np.isfinite(answers).all(axis=1))
+        fine = _finite(answers, looked.features)
         asked, source = self._with_source(looked, fine)
         with self._lock:
             self._note(answers, looked.features, fine & ~asked, None)
@@ -107,12 +106,12 @@ class Gauge:
         asked: Array = fine & (numbers % COMPARED == 0)
         if asked.any() and looked.rehearse is not None:
             told = looked.rehearse(looked.frames[asked], self._source)
-            if told.logits is not None and told.features is not None and np.isfinite(told.features).all():
+            if told.logits is not None and _finite(told.logits, told.features).all():
                 return asked, told
         return np.zeros_like(fine), None
 
-    def _note(self, answers: Array, features: Array, chosen: Array, source: Array | None) -> None:
-        if self._accuracy is not None and self._seen is not None and chosen.any():
+    def _note(self, answers: Array, features: Array | None, chosen: Array, source: Array | None) -> None:
+        if self._accuracy is not None and self._seen is not None and features is not None and chosen.any():
             self._seen = self._accuracy.after(self._seen, answers[chosen], features[chosen], source)
 
     def _judged(self, source: Observation) -> None:
@@ -120,7 +119,14 @@ class Gauge:
             self._strange.extend(self._judge.strange(source.logits, source.features).tolist())
 
 
+def _finite(logits: Array, features: Array | None) -> Array:
+    """[N] bool."""
+    fine = np.asarray(np.isfinite(logits).all(axis=1))
+    return fine if features is None else np.logical_and(fine, np.isfinite(features).all(axis=1))
+
+
 def _of(looked: Observation, chosen: Array) -> Observation:
     """Logits and features of some of its frames."""
-    assert looked.logits is not None and looked.features is not None
-    return Observation(looked.frames[chosen], looked.logits[chosen], features=looked.features[chosen])
+    assert looked.logits is not None
+    features = None if looked.features is None else looked.features[chosen]
+    return Observation(looked.frames[chosen], looked.logits[chosen], features=features)

@@ -137,3 +137,21 @@ def test_it_remembers_so_many_frames_and_no_more(made, tiny_frames):
         seen = predictor.look(tiny_frames, gauge.needs)
         gauge.after(seen, seen.logits)
     assert len(gauge._strange) == RECENT
+
+
+def test_a_score_that_needs_no_features_asks_for_none(device_bundle, made, tiny_frames):
+    source = {name: part for name, part in device_bundle.source.items() if not name.startswith("ood.hyperdimensional")}
+    gauge, predictor = Gauge(replace(device_bundle, source=source)), made().predictor
+    assert gauge.reads and not gauge.needs
+    seen = predictor.look(tiny_frames * 0.1, gauge.needs)
+    assert seen.features is None
+    gauge.after(seen, seen.logits)
+    assert gauge.strange is not None
+
+
+def test_a_bundle_without_any_score_is_not_read(device_bundle, made):
+    loop = made()
+    bare = {name: part for name, part in device_bundle.source.items() if not name.startswith("ood.")}
+    gauge = Gauge(replace(device_bundle, source=bare))
+    assert not gauge.reads
+    assert LiveLoop(loop.predictor, loop.method, loop.budget, gauge=gauge).gauge is None
