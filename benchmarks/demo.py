@@ -67,9 +67,10 @@ def run(progress: Progress, report: Report, *, limit: int | None = None) -> dict
 
 
 def weather(progress: Progress, report: Report) -> tuple[Path, dict[str, Array]]:
-    """For an agent: the same network as a bundle, and the other half of the digits in changing weather."""
+    """For an agent: the same network as a bundle that tells its accuracy without labels too, and the other half of the
+    digits in changing weather."""
     train, test = _halves()
-    bundle = _bundle(train, progress, report)
+    bundle = _bundle(train, progress, report, estimate=True)
     assert test.images is not None
     parts = {"clean": test.images[:STRETCH]}
     for number, shift in enumerate(WEATHER):
@@ -91,13 +92,22 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "edge-adapt"
 
 
-def _bundle(train: Dataset, progress: Progress, report: Report) -> Bundle:
+def _bundle(train: Dataset, progress: Progress, report: Report, *, estimate: bool = False) -> Bundle:
     assert train.images is not None
     net = _trained(train, progress, report)
-    folder = cache_folder() / "demo-bundle"
+    folder = cache_folder() / ("demo-agent-bundle" if estimate else "demo-bundle")
     report("exporting")
     model = from_module(net, "digits-cnn", INPUT, classes=[str(digit) for digit in range(10)])
-    export(model, folder, calibration=train.images, cut="blocks.2", force=True, report=lambda text: report(f"  {text}"))
+    export(
+        model,
+        folder,
+        calibration=train.images,
+        cut="blocks.2",
+        estimate=estimate,
+        force=True,
+        report=lambda text: report(f"  {text}"),
+        progress=progress,
+    )
     return Bundle.load(folder)
 
 

@@ -55,6 +55,8 @@ KINDS = (
     ("domain", "drift"),
     ("new domain", "drift"),
     ("route", "drift"),
+    ("label shift", "drift"),
+    ("no label shift", "drift"),
     ("merged", "drift"),
     ("retired", "drift"),
     ("gauge", "fault"),

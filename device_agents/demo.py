@@ -15,6 +15,7 @@ from device_agents.broker import EmbeddedBroker
 from device_agents.cli import watched
 from device_agents.settings import (
     AgentSettings,
+    MethodSettings,
     MqttSettings,
     PageSettings,
     SnapshotSettings,
@@ -52,6 +53,7 @@ def run(
             bundle=bundle,
             state_dir=folder / "state",
             mode="bounded_auto",
+            method=MethodSettings(router="hdc"),
             source=SourceSettings(kind="archive", path=stream, fps=fps, loop=True),
             mqtt=MqttSettings(port=broker.port),
             page=PageSettings(port=PAGE_PORT if _is_free(PAGE_PORT) else 0),
