@@ -103,11 +103,15 @@ function drawAxes(context, { width, left, top, bottom, floor, ceiling, format, y
   context.textAlign = "right"; context.fillText("now", width, bottom + 14);
 }
 
+const MARKS = { change: { tone: "green", dash: [], short: 5 }, drift: { tone: "green", dash: [5, 3] }, event: { tone: "amber", dash: [2, 3] } };
+
+// Another version comes with nearly every look: a short tick, or the curve would be behind a fence.
 function drawMark(context, at, top, bottom, kind) {
-  context.strokeStyle = colour(kind === "change" ? "green" : "amber");
+  const { tone, dash, short } = MARKS[kind];
+  context.strokeStyle = colour(tone);
   context.lineWidth = 1.5;
-  context.setLineDash(kind === "change" ? [5, 3] : [2, 3]);
-  context.beginPath(); context.moveTo(at, top); context.lineTo(at, bottom); context.stroke();
+  context.setLineDash(dash);
+  context.beginPath(); context.moveTo(at, short ? bottom - short : top); context.lineTo(at, bottom); context.stroke();
   context.setLineDash([]);
 }
 

@@ -96,7 +96,7 @@ const SLOTS = { source: "Source", own: "Learned here", adapter: "Adapter" };
 
 function showAnswering(status) {
   put("slot", SLOTS[status.slot] ?? status.slot);
-  put("version", [`version ${number(status.version)}`, status.route ?? ""].filter(Boolean).join(" · "));
+  put("version", [`version ${number(status.version)}`, status.route === null ? "" : `routed to ${status.route}`].filter(Boolean).join(" · "));
   put("trust", [
     status.on_probation ? "on probation: rolled back if a guard objects" : "",
     status.frozen ? "frozen: learns nothing" : "",
@@ -191,6 +191,7 @@ function showEvents(events) {
   const place = $("events");
   for (const event of events) {
     if (event.severity !== "info") curves.mark(event.ts, "event");
+    else if (event.kind === "drift") curves.mark(event.ts, "drift");
     const when = new Date(event.ts), row = element("li", undefined, event.severity);
     const time = element("time", Number.isNaN(when.getTime()) ? "–" : when.toLocaleTimeString("en-GB"));
     if (!Number.isNaN(when.getTime())) { time.dateTime = when.toISOString(); time.title = when.toLocaleString("en-GB"); }
