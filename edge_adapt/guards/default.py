@@ -11,6 +11,8 @@ from typing import Any
 
 from edge_adapt.errors import ConfigError, did_you_mean
 from edge_adapt.guards.finite import Finite
+from edge_adapt.guards.narrow import Kept, Narrow
+from edge_adapt.guards.narrow import taught as taught_inside
 from edge_adapt.guards.repeated import Repeated
 from edge_adapt.guards.reset import Reset
 from edge_adapt.guards.strange import Strange
@@ -18,7 +20,10 @@ from edge_adapt.guards.watchdog import Watch, Watchdog, taught
 from edge_adapt.methods.protocol import Context, Labelled, LearnsFromLabels, Method, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 
+INSIDE = "narrow"
+"""The guard around the method itself, inside its wrappers."""
 GUARDS: dict[str, type[Wrapper[Any]]] = {
+    INSIDE: Narrow,
     "repeated": Repeated,
     "strange": Strange,
     "watchdog": Watchdog,
@@ -30,9 +35,17 @@ SETTING = "guards"
 
 
 def guarded(method: Method[Any], context: Context) -> Method[Any]:
-    """The method inside its guards. Raises: ConfigError for a guard that there is not."""
+    """The method, with its wrappers, inside its guards. Raises: ConfigError for a guard that there is not."""
     for name in wanted(method, context):
-        method = taught_too(GUARDS[name], method)(context, method)
+        if name != INSIDE:
+            method = taught_too(GUARDS[name], method)(context, method)
+    return method
+
+
+def guarded_inside(method: Method[Any], context: Context) -> Method[Any]:
+    """The method inside the guard that stands within its wrappers. Raises: as `guarded`."""
+    if INSIDE in wanted(method, context) and Narrow.serves(method, context.bundle):
+        return taught_too(Narrow, method)(context, method)
     return method
 
 
@@ -69,6 +82,7 @@ class _TakesLabels:
     def learn_from(self, state: Wrapped[Any], labelled: Labelled) -> Step[Wrapped[Any]]:
         step = self.host.learn_from(state.host, labelled)
         own = taught(state.own) if isinstance(state.own, Watch) else state.own
+        own = taught_inside(own) if isinstance(own, Kept) else own
         return replace(step, state=Wrapped(step.state, own))
 
     def predict(self, state: Wrapped[Any], cut: Any) -> Any:

@@ -1,0 +1,157 @@
+"""A stretch of few classes teaches no statistics: what they are of one class is taken for the domain, and undone.
+
+Statistics cannot tell a class from a domain, but what comes of them can: ports that fit the domain spread features as
+wide as source frames lie, and answers are sure and of many kinds; ports that were set from one class leave features
+close together and answers that are of many kinds and unsure. Where both is so, for a window of frames, the host goes on
+in the shadow, begun anew, and what answers is its state as of the last window in this domain that was wide, or source;
+until a window is wide again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_adapt.bundle import Bundle
+from edge_adapt.delta import Delta
+from edge_adapt.methods.protocol import FEATURES, TAPS, Context, Method, Observation, Step
+from edge_adapt.methods.wrapper import Wrapped, Wrapper
+
+Array = NDArray[Any]
+
+FEW, MANY = "guard: few classes", "guard: many classes again"
+CHANGE = "domain change"
+"""Event of a host that begins its statistics anew."""
+
+SETTLE, WINDOW = 32, 48
+"""Frames looked at after a change of domain before ports fit it, and frames of one verdict."""
+SPREAD, TOLD = 0.5, 0.75
+"""A window is narrow below this share of the variance of source's features, and this one of what answers can tell of
+classes. Over all corruptions of CIFAR-10 these say so of 97 % of windows of one class on ResNet-20 and 81 % on
+ResNet-56, and of 2 % of windows of all classes; of two classes, where statistics neither help nor harm, of 63 and
+21 %."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums over the frames of one verdict."""
+
+    features: Array
+    """[2, D], sum and sum of squares."""
+    shares: Array
+    """[K], sum of the softmax."""
+    entropy: float = 0.0
+    count: int = 0
+
+    def after(self, features: Array, logits: Array) -> Window:
+        """With N more frames, [N, D] and [N, K]; those that are not finite are left out."""
+        fine = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
+        values, exponents = features[fine].astype(np.float64), logits[fine].astype(np.float64)
+        exponents = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+        shares = exponents / exponents.sum(axis=1, keepdims=True)
+        return Window(
+            self.features + np.stack([values.sum(axis=0), np.square(values).sum(axis=0)]),
+            self.shares + shares.sum(axis=0),
+            self.entropy + _entropy(shares),
+            self.count + int(fine.sum()),
+        )
+
+    @property
+    def spread(self) -> float:
+        """Variance of the features, summed over them."""
+        mean, second = self.features / self.count
+        return float((second - np.square(mean)).sum())
+
+    @property
+    def told(self) -> float:
+        """Mutual information of frames and answers, as a share of the most that it could be."""
+        found = _entropy(self.shares / self.count) - self.entropy / self.count
+        return found / float(np.log(min(len(self.shares), self.count)))
+
+    def narrow(self, usual: float) -> bool:
+        """usual: spread of source's own features."""
+        return self.spread < SPREAD * usual and self.told < TOLD
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the guard remembers."""
+
+    window: Window
+    skip: int = SETTLE
+    """Frames yet to be looked at before the window begins."""
+    held: bool = False
+    """True while the host is in the shadow."""
+    wide: Any = None
+    """The host's state after the last wide window in this domain; None if there was none."""
+    taught: bool = False
+    """True once the host learned from labels: then nothing is held."""
+
+
+class Narrow(Wrapper[Kept]):
+    """Around the method itself: what wrappers make of its answers goes on meanwhile."""
+
+    name: ClassVar[str] = "narrow"
+
+    def __init__(self, context: Context, host: Method[Any]) -> None:
+        super().__init__(context, host)
+        self.needs = host.needs | {FEATURES}
+        self.source = Delta.source()
+        stored = context.bundle.source
+        self.usual = float(np.square(stored["class.std"]).sum() + stored["class.mean"].var(axis=0).sum())
+        self.empty = Window(np.zeros((2, stored["class.mean"].shape[1])), np.zeros(context.bundle.manifest.outputs))
+
+    @staticmethod
+    def serves(host: Method[Any], bundle: Bundle) -> bool:
+        """False around a host that sets no statistics or answers itself, and where source's spread is not known."""
+        return TAPS in host.needs and not host.answers and {"class.mean", "class.std"} <= bundle.source.keys()
+
+    def start(self) -> Kept:
+        return Kept(self.empty)
+
+    def delta(self, state: Wrapped[Kept]) -> Delta:
+        if not state.own.held:
+            return self.host.delta(state.host)
+        return self.source if state.own.wide is None else self.host.delta(state.own.wide)
+
+    def step(self, state: Wrapped[Kept], seen: Observation) -> Step[Wrapped[Kept]]:
+        own = state.own
+        if own.held and seen.rehearse is not None:
+            given = self.host.delta(state.host)
+            if not seen.is_of(given):
+                seen = replace(seen.rehearse(seen.frames, given), rehearse=seen.rehearse)
+        step = self.host.step(state.host, seen)
+        if CHANGE in step.events:
+            own = replace(own, window=self.empty, skip=SETTLE, wide=None)
+        elif own.skip > 0:
+            own = replace(own, skip=own.skip - len(seen.frames))
+        elif seen.features is not None and seen.logits is not None:
+            own = replace(own, window=own.window.after(seen.features, seen.logits))
+        host, own, event = self._judged(step.state, own)
+        events = (*step.events, event) if event else step.events
+        again = step.again and not own.held
+        return replace(step, state=Wrapped(host, own), events=events, again=again)
+
+    def _judged(self, host: Any, own: Kept) -> tuple[Any, Kept, str | None]:
+        """The host's state and the guard's after a window is full, and what is to be told."""
+        if own.window.count < WINDOW or own.taught:
+            return host, own, None
+        narrow = own.window.narrow(self.usual)
+        event = None if narrow == own.held else FEW if narrow else MANY
+        own = replace(own, window=self.empty, held=narrow)
+        if not narrow:
+            return host, replace(own, wide=host), event
+        return self.host.init() if own.wide is None else own.wide, replace(own, skip=SETTLE), event
+
+
+def taught(own: Kept) -> Kept:
+    """Once the host learned from labels: nothing is held back any more."""
+    return replace(own, taught=True, held=False)
+
+
+def _entropy(shares: Array) -> float:
+    """Sum over all of -p ln p."""
+    return float(-(shares * np.log(np.maximum(shares, 1e-30))).sum())
