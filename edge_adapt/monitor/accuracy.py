@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, expit
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError, DataError
@@ -251,6 +250,8 @@ def bounds(right: Array, wrong: Array) -> tuple[Array, Array]:
 
     Jeffreys' intervals: half a label of each kind is added, and where there is none of a kind there is no end.
     """
+    from scipy.special import betaincinv  # half a second, which no start of an agent has to wait for
+
     low, high = (betaincinv(right + 0.5, wrong + 0.5, share) for share in ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
     return np.where(right < 0.5, 0.0, low), np.where(wrong < 0.5, 1.0, high)
 
@@ -262,6 +263,8 @@ def worth_of(coefficients: Array, signals: Array) -> float:
 
 def ambiguity(signals: Array) -> Array:
     """Of signals [..., signals]: narrow answers that source gives too are those of a burst, or of a bad source."""
+    from scipy.special import expit
+
     made: Array = signals[..., NARROWNESS] * expit(signals[..., DISSENT])
     return made
 
@@ -288,6 +291,8 @@ def narrowness(total: Array) -> float:
 
 def share(logit: float) -> float:
     """0 to 1."""
+    from scipy.special import expit
+
     return float(expit(np.clip(logit, -9, 9)))
 
 
