@@ -93,7 +93,7 @@ def test_frames_one_by_one(bundles: Any, shared_data: Path) -> None:
     assert rows["moments"]["error_mean"] <= BATCH_STATISTICS["cifar-resnet20"] + 1.5
 
 
-@pytest.mark.parametrize("batch_size", [1, 200])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 200])
 def test_no_shift_no_harm_on_clean_images(bundles: Any, shared_data: Path, batch_size: int) -> None:
     data = load_data(shared_data / "cifar10_test.npz")
     rows = errors(bundles("cifar-resnet20"), data, batch_size=batch_size, limit=2000, scenario="natural")

@@ -119,6 +119,7 @@ def test_cells_are_in_the_order_of_the_plan_with_errors_and_costs(undisturbed):
     assert json.loads(json.dumps(undisturbed)) == undisturbed
 
 
+@pytest.mark.slow
 def test_two_jobs_give_the_table_of_one(plan, undisturbed, tmp_path):
     assert table(conduct(plan, cache=tmp_path, jobs=2)) == table(undisturbed)
 
@@ -210,6 +211,7 @@ def one_missing(kept: Path) -> None:
     next(file for file in sorted(kept.rglob("*.cell")) if b'"method": "tent"' in file.read_bytes()).unlink()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_is_done(plan_file, plan, undisturbed, tmp_path, monkeypatch):
     def interrupted(tasks, *, jobs):
         for number, cell in run_pool(tasks, jobs=jobs):
