@@ -12,7 +12,7 @@ from typing import Any
 from edge_adapt.errors import ConfigError, did_you_mean
 from edge_adapt.guards.finite import Finite
 from edge_adapt.guards.narrow import Kept, Narrow
-from edge_adapt.guards.narrow import taught as taught_inside
+from edge_adapt.guards.narrow import taught as never_narrow
 from edge_adapt.guards.repeated import Repeated
 from edge_adapt.guards.reset import Reset
 from edge_adapt.guards.strange import Strange
@@ -20,10 +20,8 @@ from edge_adapt.guards.watchdog import Watch, Watchdog, taught
 from edge_adapt.methods.protocol import Context, Labelled, LearnsFromLabels, Method, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 
-INSIDE = "narrow"
-"""The guard around the method itself, inside its wrappers."""
 GUARDS: dict[str, type[Wrapper[Any]]] = {
-    INSIDE: Narrow,
+    Narrow.name: Narrow,
     "repeated": Repeated,
     "strange": Strange,
     "watchdog": Watchdog,
@@ -37,15 +35,8 @@ SETTING = "guards"
 def guarded(method: Method[Any], context: Context) -> Method[Any]:
     """The method, with its wrappers, inside its guards. Raises: ConfigError for a guard that there is not."""
     for name in wanted(method, context):
-        if name != INSIDE:
+        if name != Narrow.name or Narrow.serves(method, context.bundle):
             method = taught_too(GUARDS[name], method)(context, method)
-    return method
-
-
-def guarded_inside(method: Method[Any], context: Context) -> Method[Any]:
-    """The method inside the guard that stands within its wrappers. Raises: as `guarded`."""
-    if INSIDE in wanted(method, context) and Narrow.serves(method, context.bundle):
-        return taught_too(Narrow, method)(context, method)
     return method
 
 
@@ -82,7 +73,7 @@ class _TakesLabels:
     def learn_from(self, state: Wrapped[Any], labelled: Labelled) -> Step[Wrapped[Any]]:
         step = self.host.learn_from(state.host, labelled)
         own = taught(state.own) if isinstance(state.own, Watch) else state.own
-        own = taught_inside(own) if isinstance(own, Kept) else own
+        own = never_narrow(own) if isinstance(own, Kept) else own
         return replace(step, state=Wrapped(step.state, own))
 
     def predict(self, state: Wrapped[Any], cut: Any) -> Any:

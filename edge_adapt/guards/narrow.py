@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
-from edge_adapt.methods.protocol import FEATURES, TAPS, Context, Method, Observation, Step
+from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 
 Array = NDArray[Any]
@@ -92,7 +92,7 @@ class Kept:
 
 
 class Narrow(Wrapper[Kept]):
-    """Around the method itself: what wrappers make of its answers goes on meanwhile."""
+    """Innermost: of the frames that other guards leave out, it sees nothing."""
 
     name: ClassVar[str] = "narrow"
 
@@ -134,6 +134,10 @@ class Narrow(Wrapper[Kept]):
         events = (*step.events, event) if event else step.events
         again = step.again and not own.held
         return replace(step, state=Wrapped(host, own), events=events, again=again)
+
+    def watch(self, state: Wrapped[Kept], answered: Answered) -> Step[Wrapped[Kept]]:
+        """While the host is in the shadow, these are answers of another network than the one it learns to correct."""
+        return Step(state, answered.logits) if state.own.held else super().watch(state, answered)
 
     def _judged(self, host: Any, own: Kept) -> tuple[Any, Kept, str | None]:
         """The host's state and the guard's after a window is full, and what is to be told."""

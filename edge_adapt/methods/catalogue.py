@@ -7,7 +7,7 @@ from typing import Any
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError
-from edge_adapt.guards.default import SETTING, guarded, guarded_inside, taught_too
+from edge_adapt.guards.default import SETTING, guarded, taught_too
 from edge_adapt.methods.auto import AUTO, choose
 from edge_adapt.methods.protocol import GRADIENTS, HEAD, IMAGES, PROMPTS, SITES, Context, Method
 from edge_adapt.plugins import METHODS, ROUTERS, WRAPPERS, find, sound
@@ -40,7 +40,7 @@ def build(name: str, context: Context) -> Method[Any]:
     settings = {key: value for key, value in context.settings.items() if key not in (*wrappers, SETTING, ROUTER)}
     build_host = find(METHODS, host)
     check(host, build_host.requires, context.bundle)
-    method: Method[Any] = guarded_inside(build_host(replace(context, settings=settings)), context)
+    method: Method[Any] = build_host(replace(context, settings=settings))
     for wrapper in wrappers:
         build_wrapper = find(WRAPPERS, wrapper)
         check(wrapper, build_wrapper.demands, context.bundle)

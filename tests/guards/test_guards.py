@@ -11,8 +11,9 @@ from hosts import CLASSES, Count, Host, Taught, observed, sharp
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
-from edge_adapt.guards.default import GUARDS, INSIDE, guarded
+from edge_adapt.guards.default import GUARDS, guarded
 from edge_adapt.guards.finite import BAD_ANSWERS, BAD_DELTA, BAD_FRAMES, Finite
+from edge_adapt.guards.narrow import Narrow
 from edge_adapt.guards.repeated import REPEATED, Repeated
 from edge_adapt.guards.reset import RESET, Reset
 from edge_adapt.guards.trial import Trial
@@ -353,4 +354,4 @@ def test_who_has_which_guards(device_bundle, reference_bundle):
     assert names("tent", device_bundle, guards=False) == []
     assert names("tent", device_bundle, guards=["finite", "reset"]) == ["reset", "finite"]
     assert names("tent", reference_bundle) == []
-    assert names("tent", reference_bundle, guards=True) == [name for name in everything if name != INSIDE]
+    assert names("tent", reference_bundle, guards=True) == [name for name in everything if name != Narrow.name]

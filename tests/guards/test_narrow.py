@@ -10,9 +10,9 @@ from hosts import CLASSES, Host, Taught, sharp
 from hosts import observed as looked
 
 from edge_adapt.delta import PORT_SHIFT, Delta
-from edge_adapt.guards.default import guarded, guarded_inside, taught_too
+from edge_adapt.guards.default import guarded, taught_too
 from edge_adapt.guards.narrow import CHANGE, FEW, MANY, SETTLE, WINDOW, Narrow, Window
-from edge_adapt.methods.protocol import FEATURES, TAPS, Context, Labelled, Step
+from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Labelled, Step
 
 LOOK = 16
 WIDTH = 16
@@ -166,14 +166,12 @@ def test_labels_end_it(context, device_bundle):
 def test_it_stands_around_methods_that_set_statistics_where_sources_spread_is_known(context, device_bundle):
     bare = {name: part for name, part in device_bundle.source.items() if not name.startswith("class.")}
     without = Context(replace(device_bundle, source=bare), context.tail)
-    assert isinstance(guarded_inside(Host(), context), Narrow)
-    assert isinstance(guarded_inside(Host(), without), Host)
+    alone = {"guards": ["narrow"]}
+    assert isinstance(guarded(Host(), replace(context, settings=alone)), Narrow)
+    assert isinstance(guarded(Host(), replace(without, settings=alone)), Host)
     blind = Host()
     blind.needs = frozenset()
-    assert guarded_inside(blind, context) is blind
-    off = replace(context, settings={"guards": ["finite"]})
-    assert isinstance(guarded_inside(Host(), off), Host)
-    assert not isinstance(guarded(Host(), replace(context, settings={"guards": ["narrow"]})), Narrow)
+    assert guarded(blind, replace(context, settings=alone)) is blind
     assert Narrow(context, Host()).needs >= {TAPS, FEATURES}
 
 
@@ -181,3 +179,13 @@ def test_an_empty_step_of_the_host_changes_nothing(device_bundle, guard, monkeyp
     monkeypatch.setattr(guard.host, "step", lambda state, look: Step(state))
     state, events = fed(guard, guard.init(), looks(of_many, device_bundle, LONG))
     assert events == [] and state.host == guard.host.init() and isinstance(state.own.window, Window)
+
+
+def test_in_the_shadow_the_host_corrects_no_answer(context, device_bundle):
+    host = Host(deltas=lambda frames: shifted(device_bundle, 0.1), correct=lambda logits: logits + 1)
+    guard = Narrow(context, host)
+    state, _ = fed(guard, guard.init(), looks(of_one, device_bundle, LONG))
+    for before, corrected in ((guard.init(), 1), (state, 0)):
+        step = guard.watch(before, Answered(sharp([1, 2])))
+        assert np.array_equal(step.logits, sharp([1, 2]) + corrected)
+        assert step.state.host.answers - before.host.answers == 2 * corrected
