@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from benchmarks import domains
 
 
@@ -27,12 +25,3 @@ def test_what_was_made_is_not_made_again(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("{}")
     domains.run(tmp_path, tmp_path, tmp_path)
     assert made == ["b"] and (tmp_path / domains.PAGE).exists()
-
-
-@pytest.mark.slow
-def test_a_short_run_fills_every_table(shared_data, tmp_path, capsys):
-    domains.run(shared_data, tmp_path / "out", tmp_path / "work", short=True)
-    text = (tmp_path / "out" / domains.PAGE).read_text()
-    assert text.count("\n## ") == 5
-    for part in ("hyperdimensional", "efficientnet-lite0", "continual", "gaussian_noise"):
-        assert part in text
