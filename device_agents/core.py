@@ -45,7 +45,7 @@ class Core:
         self.preprocess = Preprocess(self.bundle.manifest.input)
         chosen = settings.method
         tail = lru_cache(maxsize=1)(lambda: _tail(self.bundle, chosen))
-        given = {**chosen.settings, ROUTER: chosen.router}
+        given = {ROUTER: chosen.router, **chosen.settings}
         self.method: Method[Any] = build(chosen.name, Context(self.bundle, tail, seed=chosen.seed, settings=given))
         self.gauge = Gauge(self.bundle)
         self.budget = Budget(limits_of(settings.budget), time.monotonic)

@@ -19,6 +19,7 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
+from edge_adapt.monitor.accuracy import softmax
 
 Array = NDArray[Any]
 
@@ -49,9 +50,7 @@ class Window:
     def after(self, features: Array, logits: Array) -> Window:
         """With N more frames, [N, D] and [N, K]; those that are not finite are left out."""
         fine = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
-        values, exponents = features[fine].astype(np.float64), logits[fine].astype(np.float64)
-        exponents = np.exp(exponents - exponents.max(axis=1, keepdims=True))
-        shares = exponents / exponents.sum(axis=1, keepdims=True)
+        values, shares = features[fine].astype(np.float64), softmax(logits[fine])
         return Window(
             self.features + np.stack([values.sum(axis=0), np.square(values).sum(axis=0)]),
             self.shares + shares.sum(axis=0),
