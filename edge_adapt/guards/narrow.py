@@ -2,9 +2,9 @@
 
 Statistics cannot tell a class from a domain, but what comes of them can: ports that fit the domain spread features as
 wide as source frames lie, and answers are sure and of many kinds; ports that were set from one class leave features
-close together and answers that are of many kinds and unsure. Where both is so, for a window of frames, the host goes on
-in the shadow, begun anew, and what answers is its state as of the last window in this domain that was wide, or source;
-until a window is wide again.
+close together and answers that are of many kinds and unsure. Heavy noise does the same to some networks. So where both
+is so for a window of frames, and either windows of this domain were wide before or source itself tells few classes,
+the host goes on in the shadow, begun anew, and what answers is its state as of then, or source; until that is over.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ FEW, MANY = "guard: few classes", "guard: many classes again"
 CHANGE = "domain change"
 """Event of a host that begins its statistics anew."""
 
-SETTLE, WINDOW = 32, 48
-"""Frames looked at after a change of domain before ports fit it, and frames of one verdict."""
+SETTLE, WINDOW, DOUBT = 32, 48, 16
+"""Frames looked at after a change of domain before ports fit it, of one verdict, and of a first suspicion."""
 SPREAD, TOLD = 0.5, 0.75
 """A window is narrow below this share of the variance of source's features, and this one of what answers can tell of
 classes. Over all corruptions of CIFAR-10 these say so of 97 % of windows of one class on ResNet-20 and 81 % on
 ResNet-56, and of 2 % of windows of all classes; of two classes, where statistics neither help nor harm, of 63 and
 21 %."""
+STRETCHED, KINDS = 2.0, 1.8
+"""Ports of one class stretch: they leave features this many times as wide as source does on the same frames. Or source
+itself tells less than so many classes, by the exponential of the entropy. On ResNet-8, where noise alone makes 20 % of
+the windows of all classes narrow, neither is true of any."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Window:
         found = _entropy(self.shares / self.count) - self.entropy / self.count
         return found / float(np.log(min(len(self.shares), self.count)))
 
+    @property
+    def kinds(self) -> float:
+        """Number of classes that the answers tell."""
+        return float(np.exp(_entropy(self.shares / self.count)))
+
     def narrow(self, usual: float) -> bool:
         """usual: spread of source's own features."""
         return self.spread < SPREAD * usual and self.told < TOLD
@@ -84,10 +93,19 @@ class Kept:
     """Frames yet to be looked at before the window begins."""
     held: bool = False
     """True while the host is in the shadow."""
+    plain: Window | None = None
+    """The same frames as source has them, from a first suspicion on; None before, and where there were wide windows."""
     wide: Any = None
     """The host's state after the last wide window in this domain; None if there was none."""
     taught: bool = False
     """True once the host learned from labels: then nothing is held."""
+
+    @property
+    def of_few(self) -> bool:
+        """True if what source makes of the frames of a narrow window says that they are of few classes."""
+        if self.plain is None or not self.plain.count:
+            return False
+        return self.window.spread > STRETCHED * self.plain.spread or self.plain.kinds < KINDS
 
 
 class Narrow(Wrapper[Kept]):
@@ -117,18 +135,16 @@ class Narrow(Wrapper[Kept]):
         return self.source if state.own.wide is None else self.host.delta(state.own.wide)
 
     def step(self, state: Wrapped[Kept], seen: Observation) -> Step[Wrapped[Kept]]:
-        own = state.own
-        if own.held and seen.rehearse is not None:
-            given = self.host.delta(state.host)
-            if not seen.is_of(given):
-                seen = replace(seen.rehearse(seen.frames, given), rehearse=seen.rehearse)
-        step = self.host.step(state.host, seen)
+        own, shown = state.own, seen
+        if own.held:
+            shown = _given(seen, self.host.delta(state.host))
+        step = self.host.step(state.host, shown)
         if CHANGE in step.events:
-            own = replace(own, window=self.empty, skip=SETTLE, wide=None)
+            own = replace(own, window=self.empty, skip=SETTLE, plain=None, wide=None)
         elif own.skip > 0:
             own = replace(own, skip=own.skip - len(seen.frames))
-        elif seen.features is not None and seen.logits is not None:
-            own = replace(own, window=own.window.after(seen.features, seen.logits))
+        elif shown.features is not None and shown.logits is not None:
+            own = self._asked(replace(own, window=own.window.after(shown.features, shown.logits)), seen)
         host, own, event = self._judged(step.state, own)
         events = (*step.events, event) if event else step.events
         again = step.again and not own.held
@@ -138,21 +154,38 @@ class Narrow(Wrapper[Kept]):
         """While the host is in the shadow, these are answers of another network than the one it learns to correct."""
         return Step(state, answered.logits) if state.own.held else super().watch(state, answered)
 
+    def _asked(self, own: Kept, seen: Observation) -> Kept:
+        """With the same frames as source has them, where the window so far looks narrow."""
+        if own.wide is not None or own.window.count < DOUBT or not own.window.narrow(self.usual):
+            return own
+        plain = _given(seen, self.source)
+        if plain.features is None or plain.logits is None:
+            return own
+        return replace(own, plain=(own.plain or self.empty).after(plain.features, plain.logits))
+
     def _judged(self, host: Any, own: Kept) -> tuple[Any, Kept, str | None]:
         """The host's state and the guard's after a window is full, and what is to be told."""
         if own.window.count < WINDOW or own.taught:
             return host, own, None
         narrow = own.window.narrow(self.usual)
-        event = None if narrow == own.held else FEW if narrow else MANY
-        own = replace(own, window=self.empty, held=narrow)
-        if not narrow:
-            return host, replace(own, wide=host), event
+        held = narrow and (own.wide is not None or own.of_few)
+        event = None if held == own.held else FEW if held else MANY
+        own = replace(own, window=self.empty, held=held, plain=None)
+        if not held:
+            return host, own if narrow else replace(own, wide=host), event
         return self.host.init() if own.wide is None else own.wide, replace(own, skip=SETTLE), event
 
 
 def taught(own: Kept) -> Kept:
     """Once the host learned from labels: nothing is held back any more."""
-    return replace(own, taught=True, held=False)
+    return replace(own, taught=True, held=False, plain=None)
+
+
+def _given(seen: Observation, delta: Delta) -> Observation:
+    """The same frames as they look with that delta; as they are, where no other look can be had."""
+    if seen.is_of(delta) or seen.rehearse is None:
+        return seen
+    return replace(seen.rehearse(seen.frames, delta), rehearse=seen.rehearse)
 
 
 def _entropy(shares: Array) -> float:

@@ -11,7 +11,7 @@ from hosts import observed as looked
 
 from edge_adapt.delta import PORT_SHIFT, Delta
 from edge_adapt.guards.default import guarded, taught_too
-from edge_adapt.guards.narrow import CHANGE, FEW, MANY, SETTLE, WINDOW, Narrow, Window
+from edge_adapt.guards.narrow import CHANGE, DOUBT, FEW, MANY, SETTLE, WINDOW, Narrow, Window
 from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Labelled, Step
 
 LOOK = 16
@@ -41,12 +41,29 @@ def of_many(bundle, seed=0, count=LOOK):
     return seen(bundle, seed, count, np.arange(count) % CLASSES, width=1.0, height=8.0)
 
 
-def of_one(bundle, seed=0, count=LOOK):
-    """A look at frames of one class, through ports that were set from it: unsure of many kinds, features close."""
-    return seen(bundle, seed, count, np.random.default_rng(seed).integers(0, CLASSES, count), width=0.3, height=1.0)
+def of_one(bundle, seed=0, count=LOOK, plain=None):
+    """A look at frames of one class, through ports that were set from it: unsure of many kinds, features close.
+
+    plain: what source makes of them; by default it answers that class alone.
+    """
+    plain = plain or seen(bundle, seed, count, np.zeros(count, int), width=0.25, height=8.0)
+    classes = np.random.default_rng(seed).integers(0, CLASSES, count)
+    return seen(bundle, seed, count, classes, width=0.3, height=1.0, plain=plain)
 
 
-def seen(bundle, seed, count, classes, *, width, height):
+def noise(bundle, seed=0, count=LOOK, width=0.3):
+    """A look at frames of all classes that noise has left little of: source is no better, its features as close."""
+    plain = seen(bundle, seed, count, np.arange(count) % CLASSES, width=width, height=1.0)
+    return of_one(bundle, seed, count, plain)
+
+
+def stretched(bundle, seed=0, count=LOOK):
+    """A look at frames of one class that source takes for several, its features a third as wide as with ports."""
+    return noise(bundle, seed, count, width=0.1)
+
+
+def seen(bundle, seed, count, classes, *, width, height, plain=None):
+    """A look with source weights or others; `plain` is what source would give."""
     usual = np.square(bundle.source["class.std"]).sum() + bundle.source["class.mean"].var(axis=0).sum()
     rng = np.random.default_rng(seed)
     size = bundle.source["class.mean"].shape[1]
@@ -54,9 +71,10 @@ def seen(bundle, seed, count, classes, *, width, height):
     look = replace(looked(bundle, count, seed), features=features, logits=sharp(classes, height))
 
     def rehearse(frames, delta):
-        return replace(look, delta=delta, rehearse=rehearse)
+        given = plain if plain is not None and not delta else look
+        return replace(given, delta=delta, rehearse=rehearse)
 
-    return replace(look, delta=Delta.source(), rehearse=rehearse)
+    return replace(look, delta=shifted(bundle, 0.5), rehearse=rehearse)
 
 
 def fed(guard, state, looks):
@@ -123,6 +141,33 @@ def test_few_classes_leave_source_in_force_until_there_are_many(device_bundle, g
     assert events == [] and not guard.delta(state)
     state, events = fed(guard, state, looks(of_many, device_bundle, 2 * LONG))
     assert events == [MANY] and guard.delta(state) is guard.host.delta(state.host)
+
+
+def test_what_source_takes_for_many_classes_too_is_noise_and_not_held(device_bundle, guard):
+    state, events = fed(guard, guard.init(), looks(noise, device_bundle, 4 * LONG))
+    assert events == [] and guard.delta(state) is guard.host.delta(state.host)
+
+
+def test_features_that_ports_stretch_are_of_few_classes_whatever_source_answers(device_bundle, guard):
+    state, events = fed(guard, guard.init(), looks(stretched, device_bundle, LONG))
+    assert events == [FEW] and not guard.delta(state)
+
+
+def test_source_is_asked_only_where_a_window_looks_narrow(device_bundle, guard):
+    asked = []
+
+    def counting(look):
+        rehearse = look.rehearse
+        return replace(look, rehearse=lambda frames, delta: asked.append(delta) or rehearse(frames, delta))
+
+    for of, most in ((of_many, 0), (noise, (WINDOW - DOUBT) // LOOK + 1)):
+        fed(guard, guard.init(), map(counting, looks(of, device_bundle, LONG)))
+        assert len(asked) == most and not any(asked)
+
+
+def test_after_wide_windows_of_this_domain_a_narrow_one_needs_no_more(device_bundle, guard):
+    wide, _ = fed(guard, guard.init(), looks(of_many, device_bundle, LONG))
+    assert fed(guard, wide, looks(noise, device_bundle, WINDOW))[1] == [FEW]
 
 
 def test_what_was_learned_of_this_domain_before_stays_in_force(device_bundle, guard):
