@@ -19,7 +19,7 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
-from edge_adapt.monitor.accuracy import softmax
+from edge_adapt.probabilities import entropy, softmax
 
 Array = NDArray[Any]
 
@@ -58,7 +58,7 @@ class Window:
         return Window(
             self.features + np.stack([values.sum(axis=0), np.square(values).sum(axis=0)]),
             self.shares + shares.sum(axis=0),
-            self.entropy + _entropy(shares),
+            self.entropy + float(entropy(shares).sum()),
             self.count + int(fine.sum()),
         )
 
@@ -71,13 +71,13 @@ class Window:
     @property
     def told(self) -> float:
         """Mutual information of frames and answers, as a share of the most that it could be."""
-        found = _entropy(self.shares / self.count) - self.entropy / self.count
+        found = float(entropy(self.shares / self.count)) - self.entropy / self.count
         return found / float(np.log(min(len(self.shares), self.count)))
 
     @property
     def kinds(self) -> float:
         """Number of classes that the answers tell."""
-        return float(np.exp(_entropy(self.shares / self.count)))
+        return float(np.exp(entropy(self.shares / self.count)))
 
     def narrow(self, usual: float) -> bool:
         """usual: spread of source's own features."""
@@ -186,8 +186,3 @@ def _given(seen: Observation, delta: Delta) -> Observation:
     if seen.is_of(delta) or seen.rehearse is None:
         return seen
     return replace(seen.rehearse(seen.frames, delta), rehearse=seen.rehearse)
-
-
-def _entropy(shares: Array) -> float:
-    """Sum over all of -p ln p."""
-    return float(-(shares * np.log(np.maximum(shares, 1e-30))).sum())

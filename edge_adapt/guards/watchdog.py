@@ -19,6 +19,7 @@ from edge_adapt.guards.trial import AGREE, EACH, Trial
 from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.monitor.collapse import Recent
+from edge_adapt.probabilities import entropy, softmax
 
 Array = NDArray[Any]
 Part = Literal["nothing", "learned", "all"]
@@ -179,7 +180,7 @@ class Watchdog(Wrapper[Watch]):
             return own
         if seen.logits is None:  # a method as published: it answers from the first frame
             return replace(own, reliable=RELIABLE)
-        sure = int((_entropy(seen.logits) < CERTAIN * np.log(self.classes)).sum())
+        sure = int((entropy(softmax(seen.logits)) < CERTAIN * np.log(self.classes)).sum())
         return replace(own, reliable=min(RELIABLE, own.reliable + sure))
 
     def _is_due(self, own: Watch) -> bool:
@@ -319,10 +320,3 @@ def _size(value: Array) -> float:
     return float(np.sqrt(np.square(value, dtype=np.float64).mean()))
 
 
-def _entropy(logits: Array) -> Array:
-    """H of each row, in nats."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    total = weights.sum(axis=1)
-    made: Array = np.log(total) - (weights * shifted).sum(axis=1) / total
-    return made

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PROMPTS as PROMPTS_TENSOR
@@ -38,6 +37,7 @@ from edge_adapt.methods.protocol import (
 )
 from edge_adapt.methods.source import Source
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
+from edge_adapt.probabilities import entropy, softmax
 
 Array = NDArray[Any]
 
@@ -266,7 +266,7 @@ class Foa:
         features = np.stack([one.features for one in tried if one.features is not None]).astype(np.float64)
         return replace(
             trial,
-            entropies=trial.entropies + entropy(logits).sum(axis=1),
+            entropies=trial.entropies + entropy(softmax(logits)).sum(axis=1),
             cls=trial.cls + apart.sum(axis=1),
             squares=trial.squares + np.square(apart).sum(axis=1),
             features=trial.features + features.mean(axis=0).sum(axis=0),
@@ -329,8 +329,3 @@ def block_ends(bundle: Bundle) -> Array:
     return np.concatenate(parts)
 
 
-def entropy(logits: Array) -> Array:
-    """In nats, over the last axis."""
-    log_p = log_softmax(logits, axis=-1)
-    made: Array = -(np.exp(log_p) * log_p).sum(axis=-1)
-    return made

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_adapt.probabilities import entropy
+
 Array = NDArray[Any]
 
 DOUBT = 0.05
@@ -62,16 +64,6 @@ def runs(mix: LabelMix) -> float:
 
 def breadth(mix: LabelMix, prior: Array) -> float:
     """How many classes were seen, of those that source has: exp(entropy), as a share of the source prior's."""
-    return min(1.0, float(np.exp(_entropy(mix.share) - _entropy(prior))))
+    return min(1.0, float(np.exp(entropy(mix.share) - entropy(prior))))
 
 
-def probabilities(logits: Array) -> Array:
-    """Softmax of [N, K], in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    powers = np.exp(shifted)
-    made: Array = powers / powers.sum(axis=1, keepdims=True)
-    return made
-
-
-def _entropy(share: Array) -> float:
-    return -float(np.sum(share * np.log(np.maximum(share, 1e-12))))

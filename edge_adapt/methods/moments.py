@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.label_mix import LabelMix, breadth, noticed, probabilities, runs
+from edge_adapt.methods.label_mix import LabelMix, breadth, noticed, runs
 from edge_adapt.methods.protocol import SITES, TAPS, Answered, Context, Observation, Step, configured
+from edge_adapt.probabilities import softmax
 
 Array = NDArray[Any]
 
@@ -158,7 +159,7 @@ class Moments:
         if self.by_class is not None and seen.logits is not None:
             if not np.isfinite(seen.logits).all():
                 return Step(state, events=("refused: logits are not finite",))
-            answers = probabilities(seen.logits)
+            answers = softmax(seen.logits)
             expected = np.tensordot(answers, self.by_class, 1)
             state = replace(state, mix=noticed(state.mix, answers, self.config.memory))
         else:

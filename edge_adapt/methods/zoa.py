@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.foa import History, Shift, ShiftConfig, calibrated, entropy
+from edge_adapt.methods.foa import History, Shift, ShiftConfig, calibrated
 from edge_adapt.methods.learner import CHANGE
 from edge_adapt.methods.norm import divergence
 from edge_adapt.methods.protocol import (
@@ -31,6 +31,7 @@ from edge_adapt.methods.protocol import (
     Step,
     configured,
 )
+from edge_adapt.probabilities import entropy, softmax
 
 Array = NDArray[Any]
 
@@ -80,7 +81,7 @@ class Sums:
         return Sums(
             self.mean + seen.taps[0].sum(axis=0),
             self.second + seen.taps[1].sum(axis=0),
-            self.entropy + float(entropy(seen.logits.astype(np.float64)).sum()),
+            self.entropy + float(entropy(softmax(seen.logits)).sum()),
             self.frames + len(seen.logits),
         )
 

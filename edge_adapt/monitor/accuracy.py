@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edge_adapt.bundle import Bundle
 from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.monitor.aetta import COLLAPSED
+from edge_adapt.probabilities import entropy, softmax
 
 Array = NDArray[Any]
 
@@ -276,17 +277,9 @@ def without_dissent(signals: Array) -> Array:
     return made
 
 
-def softmax(logits: Array) -> Array:
-    """[N, K] float64."""
-    weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    made: Array = weights / weights.sum(axis=1, keepdims=True)
-    return made
-
-
 def narrowness(total: Array) -> float:
     """One minus the entropy of a mean softmax, or of a sum [K], as a share of ln K."""
-    mean = total / total.sum()
-    return float(1 + (mean * np.log(np.maximum(mean, 1e-30))).sum() / np.log(len(mean)))
+    return float(1 - entropy(total / total.sum()) / np.log(len(total)))
 
 
 def share(logit: float) -> float:

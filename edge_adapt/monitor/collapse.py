@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_adapt.probabilities import entropy
+
 Array = NDArray[Any]
 
 CONSTANT = 0.2
@@ -20,8 +22,7 @@ def class_entropy(shares: Array) -> float:
     total = float(shares.sum())
     if total <= 0 or len(shares) < 2:
         return 1.0
-    present = shares[shares > 0] / total
-    return float(-(present * np.log(present)).sum() / np.log(len(shares)))
+    return float(entropy(shares / total) / np.log(len(shares)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from edge_adapt.delta import PROMPTS, Delta
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.errors import ConfigError
 from edge_adapt.methods.catalogue import build
-from edge_adapt.methods.foa import Foa, FoaShift, FoaShiftAlone, block_ends, entropy
+from edge_adapt.methods.foa import Foa, FoaShift, FoaShiftAlone, block_ends
 from edge_adapt.methods.moments import Moments
 from edge_adapt.methods.protocol import Answered, Context
 from edge_adapt.runtime.loop import adapt
@@ -311,7 +311,3 @@ def test_what_cannot_be_is_refused(transformer):
     old = {name: value for name, value in transformer.source.items() if not name.startswith("cls.")}
     with pytest.raises(ConfigError, match=r"holds no cls\.mean"):
         Foa(context(replace(transformer, source=old)))
-
-
-def test_entropy_in_nats():
-    assert entropy(np.zeros((1, 5)))[0] == pytest.approx(math.log(5))

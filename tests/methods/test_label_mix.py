@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_adapt.methods.label_mix import LabelMix, breadth, noticed, probabilities, runs
+from edge_adapt.methods.label_mix import LabelMix, breadth, noticed, runs
 from edge_adapt.methods.moments import Moments
 from edge_adapt.methods.protocol import Context, Observation
 
@@ -97,8 +97,3 @@ def test_without_class_statistics_nothing_is_other_than_before(device_bundle):
     method, state, _ = play(device_bundle, labels, aware=False)
     assert np.array_equal(state.expected, method.source)
     assert state.mix.frames == 0
-
-
-def test_probabilities_are_the_softmax_in_float64():
-    made = probabilities(np.array([[1000.0, 1000.0], [0.0, np.log(3)]], np.float32))
-    np.testing.assert_allclose(made, [[0.5, 0.5], [0.25, 0.75]], rtol=1e-6)
