@@ -142,3 +142,12 @@ def code(replies: list[Reply]) -> str:
     assert reply.data["status"] == "rejected", reply
     assert reply.data["text"], "a rejection says why"
     return str(reply.data["code"])
+
+
+def fails_with(error: BaseException) -> Callable[..., dict[str, Any]]:
+    """What a control does that cannot."""
+
+    def does(verb: str, arguments: Any) -> dict[str, Any]:
+        raise error
+
+    return does

@@ -1,12 +1,14 @@
-"""Brokers, devices and observers for the tests of the agent."""
+"""Brokers, devices, observers and a bench for the tests of the agent."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from brokers import device, iotcore_broker, mosquitto, observer, proxy
+from command_bench import Bench
 
 __all__ = ["broker", "device", "iotcore_broker", "mosquitto", "observer", "proxy"]
 
@@ -20,3 +22,11 @@ def broker(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     else:
         child = request.getfixturevalue("mosquitto")()
         yield SimpleNamespace(host=child.host, port=child.port, port_311=child.port, kind="mosquitto")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Commands, with what carries them out and a clock that is turned by hand."""
+    made = Bench(tmp_path)
+    yield made
+    made.close()
