@@ -132,7 +132,7 @@ def _answers(predictor: Predictor, frames: Array, delta: Delta) -> Observation:
         for start in range(0, len(frames), BATCH)
     ]
     logits, features = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "features"))
-    return Observation(frames[:0], logits, features=features)
+    return Observation(frames[:0].copy(), logits, features=features)  # a view would keep all frames alive
 
 
 def _ports(predictor: Predictor, moments: Moments, frames: Array) -> Delta:

@@ -87,6 +87,13 @@ def test_the_same_frames_give_the_same_entries(fitted_bundle, model, images, tmp
         assert (again.source[name] == fitted_bundle.source[name]).all()
 
 
+def test_what_is_kept_of_a_domain_keeps_none_of_its_frames_alive(fitted_bundle, images):
+    engine = OnnxRuntimeEngine(fitted_bundle)
+    found = next(accuracy.domains(fitted_bundle, engine, images, lambda done, total: None))
+    engine.close()
+    assert all(len(seen.frames) == 0 and seen.frames.base is None for seen in (found.source, found.adapted))
+
+
 def test_too_few_frames_or_frames_that_are_no_images_give_none(device_bundle):
     assert not offered(device_bundle)
     assert not accuracy.can_be_fitted(device_bundle, np.zeros((accuracy.ENOUGH, 3, 16, 16), np.float32))
