@@ -18,10 +18,10 @@ from edge_adapt.delta import write_atomically
 OUT, WORK = Path("benchmarks/results/domains"), Path("runs/domains")
 PAGE = "README.md"
 MODELS = {
-    "resnet20": ("zoo:cifar-resnet20", "models/cifar10_resnet20.safetensors", "cifar10_train_10k.npz"),
-    "efficientnet-lite0": ("zoo:efficientnet-lite0", None, "imagenet_1k_samples"),
+    "resnet20": ("zoo:cifar-resnet20", "models/cifar10_resnet20.safetensors", "cifar10_train_10k.npz", True),
+    "efficientnet-lite0": ("zoo:efficientnet-lite0", None, "imagenet_1k_samples", False),
 }
-"""Name -> model, weights and calibration below the data folder."""
+"""Name -> model, weights and calibration below the data folder, and whether accuracy is told of it."""
 SCENARIOS = (
     "continual", "recurring", "correlated", "mixed_domains", "mixed_domains_correlated", "label_shift", "burst",
     "contaminated_30",
@@ -75,14 +75,14 @@ def _bundle(name: str, data_root: Path, work: Path) -> Any:
 
     folder = work / name
     if not (folder / MANIFEST).exists():
-        model, weights, calibration = MODELS[name]
+        model, weights, calibration, told = MODELS[name]
         work.mkdir(parents=True, exist_ok=True)
         export(
             model=model,
             out=folder,
             weights=None if weights is None else data_root / weights,
             calibration=str(data_root / calibration),
-            estimate=True,
+            estimate=told,
         )
     return Bundle.load(folder)
 
