@@ -19,6 +19,9 @@ KEPT = (
     "corruptions", "status", "why",
 )  # fmt: skip
 HARMFUL = "**{}**"
+ALONE, CONTAMINATED = "continual", "contaminated"
+"""The scenario without strangers, and how the names of those with them begin."""
+STRANGERS = "Error in % on the genuine frames; `alone` is `continual`, the same domains without strangers."
 
 
 def compact(results: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +68,8 @@ def page(figures: Path) -> str:
     ]
     for title, group in _matrices(found):
         parts.append(f"## {title}\n\n{matrix(group)}")
+    if lines := strangers(found):
+        parts.append(f"## Strangers among the frames\n\n{STRANGERS}\n\n{lines}")
     parts.append(f"## Domains that come back\n\n{returning(list(returns(good)))}")
     return "\n\n".join(parts) + "\n"
 
@@ -96,6 +101,26 @@ def _figure(harm: Harm | None) -> str:
         return NOTHING
     told = f"{harm.error - harm.source:+.1f}"
     return HARMFUL.format(told) if harm.harms else told
+
+
+def strangers(found: Sequence[Harm]) -> str:
+    """Error on the genuine frames of contaminated streams, and of the same stream alone; empty where there are none."""
+    groups: dict[tuple[Any, ...], dict[str, Harm]] = {}
+    for harm in found:
+        at = dict(zip(harm.names, harm.stream, strict=True))
+        if at["scenario"] == ALONE or at["scenario"].startswith(CONTAMINATED):
+            name = ALONE if at["scenario"] == ALONE else harm.column
+            groups.setdefault((at["bundle"], at["batch_size"], at["limit"], harm.row), {})[name] = harm
+    groups = {key: group for key, group in groups.items() if ALONE in group and len(group) > 1}
+    streams = list(dict.fromkeys(name for group in groups.values() for name in group if name != ALONE))
+    if not streams:
+        return ""
+    lines = [["bundle", "batch", "frames a domain", "method", "alone", *streams]]
+    lines.append(["---", "---:", "---:", "---", *("---:" for _ in (ALONE, *streams))])
+    for (bundle, batch, limit, method), group in groups.items():
+        cells = [f"{group[name].error:.1f}" if name in group else NOTHING for name in (ALONE, *streams)]
+        lines.append([bundle, str(batch), NOTHING if limit is None else str(limit), method, *cells])
+    return markdown(lines)
 
 
 def returning(found: Sequence[Return]) -> str:

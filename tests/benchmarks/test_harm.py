@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harm import harms, main, returns
-from benchmarks.harm_report import FIGURES, PAGE, page
+from benchmarks.harm_report import FIGURES, PAGE, page, strangers
 from benchmarks.plans.plan import load_plan
 
 TABLES = Path(__file__).parents[2] / "benchmarks" / "plans"
@@ -86,3 +86,12 @@ def test_what_is_published_says_the_same_as_the_results(tmp_path):
     assert "| source | 20.0 % |" in text and "| tent | -1.0 |" in text and "| cotta | **+2.0** |" in text
     assert "1 of 3. 1 cells broke" in text
     assert "| rn20 | 64 | moments | hdc | 25.0 | 15.0 |" in text
+
+
+def test_strangers_stand_beside_the_same_domains_alone():
+    cells = [cell(method, error) for method, error in (("source", 40), ("tent", 20), ("auto", 18))]
+    cells += [cell(method, error, scenario="contaminated_30") for method, error in (("source", 40), ("tent", 22.5))]
+    lines = strangers(list(harms(cells))).splitlines()
+    assert lines[0] == "| bundle | batch | frames a domain | method | alone | contaminated_30 (cifar) |"
+    assert lines[2:] == ["| rn20 | 64 | 100 | tent | 20.0 | 22.5 |"]
+    assert strangers(list(harms(cells[:3]))) == ""
