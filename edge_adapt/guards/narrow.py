@@ -37,8 +37,8 @@ ResNet-56, and of 2 % of windows of all classes; of two classes, where statistic
 STRETCHED, KINDS = 2.0, 2.0
 """Ports of one class stretch: they leave features this many times as wide as source does on the same frames. Or source
 itself tells less than so many classes, by the exponential of the entropy. On ResNet-8, where noise alone makes 20 % of
-the windows of all classes narrow, neither is true of any. What that costs: of windows of one class 28 % are held where no
-wide one came before, which is half of the harm on ResNet-20 and a quarter on ResNet-56."""
+the windows of all classes narrow, neither is true of any. What that costs: of windows of one class 28 % are held where
+no wide one came before, which is half of the harm on ResNet-20 and a quarter on ResNet-56."""
 
 
 @dataclass(frozen=True)
