@@ -21,6 +21,7 @@ from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
 from edge_adapt.methods import cma
 from edge_adapt.methods.cma import CmaState
+from edge_adapt.methods.label_mix import LabelMix, noticed, runs
 from edge_adapt.methods.learner import CHANGE
 from edge_adapt.methods.protocol import (
     FEATURES,
@@ -77,32 +78,54 @@ class History:
     """[D]."""
     count: int = 0
     """Frames in it, at most `memory`; 0 before the first."""
+    labels: LabelMix | None = None
+    """Which were answered; None where features are compared with those of all source, as published."""
 
 
 class Shift:
-    """z' = z + strength (mean of source - mean of the target so far), and its effect on the logits."""
+    """z' = z + strength (mean of source - mean of the target so far), and its effect on the logits.
+
+    On the device, where labels come in runs, a burst of one class would be shifted to look like all of them: there the
+    mean of source is that of the classes that were answered.
+    """
 
     def __init__(self, bundle: Bundle, config: ShiftConfig, *, published: bool) -> None:
         """Raises: ConfigError if the bundle does not know the features of its source."""
         self.config, self.published = config, published
         self.source_mean = calibrated(bundle, "features.mean").astype(np.float64)
+        self.class_means = None if published else bundle.source.get("class.mean")
         self.rows = bundle.source["head.weight"].astype(np.float64)
 
     def start(self) -> History:
-        return History(self.source_mean)
+        classes = len(self.rows)
+        return History(self.source_mean, labels=None if self.class_means is None else LabelMix.unseen(classes))
 
-    def after(self, history: History, features: Array) -> History:
-        """With N more frames [N, D]. Published: an average of batches, which begins at the first one's mean."""
+    def after(self, history: History, features: Array, logits: Array | None = None) -> History:
+        """With N more frames [N, D], and what they were answered without the shift, [N, K].
+
+        Published: an average of batches, which begins at the first one's mean.
+        """
         mean, frames = features.mean(axis=0, dtype=np.float64), len(features)
         count = min(history.count + frames, self.config.memory)
         rate = self.config.momentum if self.published else frames / count
         rate = min(1.0, rate) if history.count else 1.0
-        return History(history.mean + rate * (mean - history.mean), count)
+        labels = history.labels
+        if labels is not None and logits is not None:
+            labels = noticed(labels, softmax(logits), self.config.memory)
+        return History(history.mean + rate * (mean - history.mean), count, labels)
+
+    def expected(self, history: History) -> Array:
+        """[D], the mean of source's features: of all, or as far as labels come in runs, of those that were answered."""
+        if self.class_means is None or history.labels is None or not history.labels.frames:
+            return self.source_mean
+        answered = history.labels.share @ self.class_means
+        made: Array = self.source_mean + runs(history.labels) * (answered - self.source_mean)
+        return made
 
     def offset(self, history: History) -> Array:
         """[K], what the shift adds to every frame's logits, for the head is linear; 0 before the first frame."""
         trust = 1.0 if self.published else history.count / (history.count + self.config.source_count)
-        made: Array = self.rows @ (trust * self.config.strength * (self.source_mean - history.mean))
+        made: Array = self.rows @ (trust * self.config.strength * (self.expected(history) - history.mean))
         return made
 
 
@@ -133,7 +156,7 @@ class FoaShift(Wrapper[History]):
         logits = answered.logits + self.shift.offset(state.own).astype(np.float32)
         if not np.isfinite(features).all():
             return Step(state, logits, (*events, "refused: features are not finite"))
-        return Step(Wrapped(state.host, self.shift.after(state.own, features)), logits, events)
+        return Step(Wrapped(state.host, self.shift.after(state.own, features, answered.logits)), logits, events)
 
 
 class FoaShiftAlone(FoaShift):

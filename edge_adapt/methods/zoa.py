@@ -147,7 +147,7 @@ class Zoa:
         logits = answered.logits + self.shift.offset(state.history).astype(np.float32)
         if not np.isfinite(answered.features).all():
             return Step(state, logits, ("refused: features are not finite",))
-        return Step(replace(state, history=self.shift.after(state.history, answered.features)), logits)
+        return Step(replace(state, history=self.shift.after(state.history, answered.features, answered.logits)), logits)
 
     def step(self, state: ZoaState, seen: Observation) -> Step[ZoaState]:
         assert seen.taps is not None

@@ -95,7 +95,7 @@ def test_on_the_device_few_frames_shift_little_and_batches_do_not_matter(device_
     for row in range(64):
         parts = method.watch(parts, Answered(many.logits[row : row + 1], many.features[row : row + 1])).state
     np.testing.assert_allclose(parts.own.mean, whole.mean, atol=1e-6)
-    full = method.shift.rows @ (method.shift.source_mean - whole.mean)
+    full = method.shift.rows @ (method.shift.expected(whole) - whole.mean)
     np.testing.assert_allclose(method.shift.offset(whole), full / 2, atol=1e-6)  # 64 frames against 64 of source
     first = method.watch(method.init(), Answered(many.logits[:1], many.features[:1])).state.own
     assert np.abs(method.shift.offset(first)).max() < 0.1 * np.abs(method.shift.offset(whole)).max()
@@ -105,7 +105,31 @@ def test_source_frames_are_hardly_shifted(device_bundle, tiny_frames):
     seen = OnnxRuntimeEngine(device_bundle).observe(tiny_frames, features=True)
     method = FoaShiftAlone(context(device_bundle))
     state = method.watch(method.init(), Answered(seen.logits, seen.features)).state
-    assert np.abs(method.shift.offset(state.own)).max() < 1e-3
+    assert np.abs(method.shift.offset(state.own)).max() < 3e-3
+
+
+def test_one_class_is_compared_with_that_class_and_many_with_all(device_bundle):
+    """Otherwise a burst of one class is shifted until it looks like all of them: 52 % error instead of 42."""
+    method = FoaShiftAlone(context(device_bundle))
+    means, source = device_bundle.source["class.mean"].astype(float), method.shift.source_mean
+    apart = means[2] - source
+
+    def after(classes):
+        logits = (20 * np.eye(5)[classes]).astype(np.float32)
+        return method.watch(method.init(), Answered(logits, means[classes].astype(np.float32))).state.own
+
+    many, one = after(np.random.default_rng(0).integers(0, 5, 200)), after(np.full(200, 2))
+    np.testing.assert_allclose(method.shift.expected(many), source, atol=0.1 * np.abs(apart).max())
+    np.testing.assert_allclose(method.shift.expected(one), means[2], atol=0.1 * np.abs(apart).max())
+    assert np.abs(method.shift.offset(one)).max() < 0.1 * np.abs(method.shift.rows @ apart).max()
+
+
+def test_published_and_without_class_statistics_all_are_compared_with_all(reference_bundle, device_bundle):
+    bare = {name: value for name, value in device_bundle.source.items() if not name.startswith("class.")}
+    for bundle in (reference_bundle, replace(device_bundle, source=bare)):
+        method = FoaShiftAlone(context(bundle))
+        state = method.watch(method.init(), answers(bundle, 64, 3)).state.own
+        assert method.shift.expected(state) is method.shift.source_mean
 
 
 def test_broken_features_leave_no_mark_and_frames_may_be_alike(device_bundle):
