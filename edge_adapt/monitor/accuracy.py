@@ -6,14 +6,15 @@ Signals over the last frames are weighed by what was fitted at export, to augmen
 - narrowness: how far the mean softmax is from all classes alike. With the confidence, that is the mutual information of
   frames and answers (Transfer Score): answers that are certain, and all of one class, tell little;
 - dissent: the share of answers that differ from those of the source weights, on frames that were given to both;
-- distance of the features from the mean of the class that was answered, where the bundle holds such means.
+- distance of the features from the mean of the class that was answered, where the bundle holds such means. Frames that
+  lie much farther than most are strangers, of which there is no accuracy to tell: they are left out of all signals.
 
 The estimate is a beta distribution: what was fitted at export is worth a number of labels, and late labels are added.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp
 from typing import Any
 
@@ -40,6 +41,10 @@ NARROWNESS, DISSENT = 2, 3
 COVERAGE = 0.9
 UNKNOWN = 0.5
 """What an estimate is worth that could be of a collapse, and could be of none."""
+STRANGE = 2.0
+"""A frame is left out if it lies so many times as far as the median of the last ones."""
+LATEST, FEWEST = 64, 16
+"""Frames that this median is over, and that it needs."""
 EDGE = 0.005
 """Shares are told apart from 0 and 1 by this, before their logit is taken."""
 WEIGHTS, WORTH = "accuracy.weights", "accuracy.worth"
@@ -95,6 +100,8 @@ class Seen:
     right: float = 0.0
     labelled: float = 0.0
     """Late labels, fading."""
+    distances: Array = field(default_factory=lambda: np.zeros(0))
+    """[`LATEST` at most], of the last frames, left out or not; none where the bundle holds no means of classes."""
 
     @property
     def whole(self) -> Block:
@@ -195,6 +202,13 @@ class Signals:
             raise DataError("answers or features are not finite", remedy="leave such frames out of the estimate")
         fading = exp(-len(logits) / LABEL_MEMORY)
         state = replace(state, right=state.right * fading, labelled=state.labelled * fading)
+        if self.centres is not None:
+            distances = self._distances(logits.argmax(axis=1), features)
+            state = replace(state, distances=np.concatenate([state.distances, distances])[-LATEST:])
+            if len(state.distances) >= FEWEST:
+                near = distances <= STRANGE * np.median(state.distances)
+                logits, features = logits[near], features[near]
+                source = None if source is None else source[near]
         if state.current.count >= MEMORY // 2:
             state = replace(state, last=state.current, current=self.nothing)
         state = replace(state, current=state.current.plus(self._block(logits, features)))
@@ -208,7 +222,7 @@ class Signals:
             other = logits + (features * change) @ self.weight.T
             changed += float((other.argmax(axis=1) != answers).sum()) / PASSES
             dropped += softmax(other).sum(axis=0) / PASSES
-        sums = np.array([shares.max(axis=1).sum(), changed, self._distance(answers, features)])
+        sums = np.array([shares.max(axis=1).sum(), changed, self._distances(answers, features).sum()])
         return Block(shares.sum(axis=0), dropped, sums, len(logits))
 
     def of(self, block: Block) -> Array:
@@ -220,11 +234,12 @@ class Signals:
             made += [np.log(distance + EDGE), narrow * np.log(distance + EDGE)]
         return np.array(made)
 
-    def _distance(self, answers: Array, features: Array) -> float:
-        """Sum over frames of the mean square, in deviations of source features about the mean of their class."""
+    def _distances(self, answers: Array, features: Array) -> Array:
+        """[N], mean square in deviations of source features about the mean of the class; 0 where that is not known."""
         if self.centres is None:
-            return 0.0
-        return float(np.square((features - self.centres[answers]) / self.spread).mean(axis=1).sum())
+            return np.zeros(len(answers))
+        made: Array = np.square((features - self.centres[answers]) / self.spread).mean(axis=1, dtype=np.float64)
+        return made
 
 
 def offered(bundle: Bundle) -> bool:

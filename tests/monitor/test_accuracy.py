@@ -13,6 +13,8 @@ from edge_adapt.errors import ConfigError, DataError
 from edge_adapt.monitor.accuracy import (
     COMPARED,
     ENOUGH,
+    FEWEST,
+    LATEST,
     MEMORY,
     PASSES,
     RATE,
@@ -87,6 +89,47 @@ def test_distance_is_in_deviations_from_the_class_that_was_answered(bundle):
     state = signals.after(signals.init(), logits, centres[[0, 3]] + 4)
     assert signals.count == 6
     assert state.whole.sums[2] / 2 == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("step", [1, 16, 96])
+def test_strangers_are_left_out_of_every_signal(bundle, step):
+    """Three in ten lie five times as far as the others, and change every signal if they are not left out."""
+    centres = np.random.default_rng(1).normal(0, 1, (K, D)).astype(np.float32)
+    stored = bundle.source | {"class.mean": centres, "class.std": np.ones(D, np.float32)}
+    signals = Signals(replace(bundle, source=stored))
+    rng = np.random.default_rng(2)
+    classes, foreign = rng.integers(0, K, 192), np.arange(192) % 10 >= 7
+    foreign[:FEWEST] = False
+    logits = (np.eye(K)[classes] * np.where(foreign, 1, 9)[:, None]).astype(np.float32)
+    away = np.where(foreign, 5.0, rng.uniform(0.8, 1.2, 192))
+    features = (centres[classes] + np.sqrt(away)[:, None]).astype(np.float32)
+    source = np.roll(logits, 1, axis=0)
+
+    def told(chosen):
+        state = signals.init()
+        for start in range(0, 192, step):
+            part = np.flatnonzero(chosen[start : start + step]) + start
+            state = signals.after(state, logits[part], features[part], source[part])
+        return state
+
+    all_of_them, genuine = told(np.ones(192, bool)), told(~foreign)
+    assert all_of_them.whole.count == all_of_them.whole.compared == genuine.whole.count == (~foreign).sum()
+    np.testing.assert_allclose(signals.of(all_of_them.whole), signals.of(genuine.whole), rtol=1e-6)
+    assert len(all_of_them.distances) == LATEST
+
+
+def test_where_all_frames_lie_far_none_is_a_stranger(bundle):
+    """Another domain, or a collapse: the median moves with it."""
+    centres = np.zeros((K, D), np.float32)
+    stored = bundle.source | {"class.mean": centres, "class.std": np.ones(D, np.float32)}
+    signals = Signals(replace(bundle, source=stored))
+    logits = np.tile(np.eye(K, dtype=np.float32)[:1], (MEMORY, 1))
+    near = signals.after(signals.init(), logits, np.ones((MEMORY, D), np.float32))
+    far = near
+    for _ in range(8):
+        far = signals.after(far, logits[:16], 3 * np.ones((16, D), np.float32))
+    assert near.whole.count == MEMORY
+    assert far.whole.count == MEMORY + 7 * 16  # the first look is not yet known to be of many
 
 
 def test_nothing_is_told_before_there_are_frames_enough(bundle):
