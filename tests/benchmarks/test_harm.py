@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harm import harms, main, returns
-from benchmarks.harm_report import FIGURES, PAGE, page, strangers
+from benchmarks.harm_report import FIGURES, PAGE, page, strangers, write
 from benchmarks.plans.plan import load_plan
 
 TABLES = Path(__file__).parents[2] / "benchmarks" / "plans"
@@ -86,6 +86,9 @@ def test_what_is_published_says_the_same_as_the_results(tmp_path):
     assert "| source | 20.0 % |" in text and "| tent | -1.0 |" in text and "| cotta | **+2.0** |" in text
     assert "1 of 3. 1 cells broke" in text
     assert "| rn20 | 64 | moments | hdc | 25.0 | 15.0 |" in text
+    assert "were not run" not in text
+    write(path, tmp_path, not_run=7)
+    assert "7 cells of it were not run." in (tmp_path / PAGE).read_text()
 
 
 def test_strangers_stand_beside_the_same_domains_alone():
