@@ -318,5 +318,3 @@ def _held_back(own: Watch) -> bool:
 
 def _size(value: Array) -> float:
     return float(np.sqrt(np.square(value, dtype=np.float64).mean()))
-
-

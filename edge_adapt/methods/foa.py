@@ -93,7 +93,8 @@ class Shift:
         """Raises: ConfigError if the bundle does not know the features of its source."""
         self.config, self.published = config, published
         self.source_mean = calibrated(bundle, "features.mean").astype(np.float64)
-        self.class_means = None if published else bundle.source.get("class.mean")
+        means = None if published else bundle.source.get("class.mean")
+        self.class_means = None if means is None else means.astype(np.float64)
         self.rows = bundle.source["head.weight"].astype(np.float64)
 
     def start(self) -> History:
@@ -110,7 +111,7 @@ class Shift:
         rate = self.config.momentum if self.published else frames / count
         rate = min(1.0, rate) if history.count else 1.0
         labels = history.labels
-        if labels is not None and logits is not None:
+        if labels is not None and logits is not None and np.isfinite(logits).all():
             labels = noticed(labels, softmax(logits), self.config.memory)
         return History(history.mean + rate * (mean - history.mean), count, labels)
 
@@ -350,5 +351,3 @@ def block_ends(bundle: Bundle) -> Array:
             remedy="use foa_shift",
         )
     return np.concatenate(parts)
-
-

@@ -65,5 +65,3 @@ def runs(mix: LabelMix) -> float:
 def breadth(mix: LabelMix, prior: Array) -> float:
     """How many classes were seen, of those that source has: exp(entropy), as a share of the source prior's."""
     return min(1.0, float(np.exp(entropy(mix.share) - entropy(prior))))
-
-

@@ -101,7 +101,7 @@ class Seen:
     labelled: float = 0.0
     """Late labels, fading."""
     distances: Array = field(default_factory=lambda: np.zeros(0))
-    """[`LATEST` at most], of the last frames, left out or not; none where the bundle holds no means of classes."""
+    """[`LATEST` at most], of the last frames, left out or not; 0 where the bundle holds no means of classes."""
 
     @property
     def whole(self) -> Block:
@@ -202,19 +202,18 @@ class Signals:
             raise DataError("answers or features are not finite", remedy="leave such frames out of the estimate")
         fading = exp(-len(logits) / LABEL_MEMORY)
         state = replace(state, right=state.right * fading, labelled=state.labelled * fading)
-        if self.centres is not None:
-            distances = self._distances(logits.argmax(axis=1), features)
-            state = replace(state, distances=np.concatenate([state.distances, distances])[-LATEST:])
-            if len(state.distances) >= FEWEST:
-                near = distances <= STRANGE * np.median(state.distances)
-                logits, features = logits[near], features[near]
-                source = None if source is None else source[near]
+        distances = self._distances(logits.argmax(axis=1), features)
+        state = replace(state, distances=np.concatenate([state.distances, distances])[-LATEST:])
+        if len(state.distances) >= FEWEST:
+            near = distances <= STRANGE * np.median(state.distances)
+            logits, features, distances = logits[near], features[near], distances[near]
+            source = None if source is None else source[near]
         if state.current.count >= MEMORY // 2:
             state = replace(state, last=state.current, current=self.nothing)
-        state = replace(state, current=state.current.plus(self._block(logits, features)))
+        state = replace(state, current=state.current.plus(self._block(logits, features, float(distances.sum()))))
         return state if source is None else compared(state, logits.argmax(axis=1), source.argmax(axis=1))
 
-    def _block(self, logits: Array, features: Array) -> Block:
+    def _block(self, logits: Array, features: Array, distance: float) -> Block:
         answers, shares = logits.argmax(axis=1), softmax(logits)
         # The change that dropout makes, added to the answer: whatever else was done to that stays in it.
         changed, dropped = 0.0, np.zeros(self.classes)
@@ -222,7 +221,7 @@ class Signals:
             other = logits + (features * change) @ self.weight.T
             changed += float((other.argmax(axis=1) != answers).sum()) / PASSES
             dropped += softmax(other).sum(axis=0) / PASSES
-        sums = np.array([shares.max(axis=1).sum(), changed, self._distances(answers, features).sum()])
+        sums = np.array([shares.max(axis=1).sum(), changed, distance])
         return Block(shares.sum(axis=0), dropped, sums, len(logits))
 
     def of(self, block: Block) -> Array:
