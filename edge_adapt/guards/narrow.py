@@ -5,6 +5,7 @@ wide as source frames lie, and answers are sure and of many kinds; ports that we
 close together and answers that are of many kinds and unsure. Heavy noise does the same to some networks. So where both
 is so for a window of frames, and either windows of this domain were wide before or source itself tells few classes,
 the host goes on in the shadow, begun anew, and what answers is its state as of then, or source; until that is over.
+Where domains are mixed, features tell nothing: `near` judges by answers, and source answers while the host goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
+from edge_adapt.guards.near import ALIKE, MIXED, Near
 from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.probabilities import entropy, softmax
@@ -39,6 +41,9 @@ STRETCHED, KINDS = 2.0, 2.0
 itself tells less than so many classes, by the exponential of the entropy. On ResNet-8, where noise alone makes 20 % of
 the windows of all classes narrow, neither is true of any. What that costs: of windows of one class 28 % are held where
 no wide one came before, which is half of the harm on ResNet-20 and a quarter on ResNet-56."""
+
+STORED = {"class.mean", "class.std", "taps.mean", "taps.frame_std"}
+"""What a bundle must say of source."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Kept:
     """What the guard remembers."""
 
     window: Window
+    near: Near
     skip: int = SETTLE
     """Frames yet to be looked at before the window begins."""
     held: bool = False
@@ -120,15 +126,19 @@ class Narrow(Wrapper[Kept]):
         self.source = Delta.source()
         stored = context.bundle.source
         self.usual = float(np.square(stored["class.std"]).sum() + stored["class.mean"].var(axis=0).sum())
-        self.empty = Window(np.zeros((2, stored["class.mean"].shape[1])), np.zeros(context.bundle.manifest.outputs))
+        classes = context.bundle.manifest.outputs
+        self.empty = Window(np.zeros((2, stored["class.mean"].shape[1])), np.zeros(classes))
+        self.middle = stored["taps.mean"].astype(np.float64)
+        self.variance = np.square(stored["taps.frame_std"].astype(np.float64)) + 1e-6
+        self.none = Near.none(len(self.middle), classes)
 
     @staticmethod
     def serves(host: Method[Any], bundle: Bundle) -> bool:
         """False around a host that sets no statistics or answers itself, and where source's spread is not known."""
-        return TAPS in host.needs and not host.answers and {"class.mean", "class.std"} <= bundle.source.keys()
+        return TAPS in host.needs and not host.answers and bundle.source.keys() >= STORED
 
     def start(self) -> Kept:
-        return Kept(self.empty)
+        return Kept(self.empty, self.none)
 
     def delta(self, state: Wrapped[Kept]) -> Delta:
         if not state.own.held:
@@ -141,11 +151,13 @@ class Narrow(Wrapper[Kept]):
             shown = _given(seen, self.host.delta(state.host))
         step = self.host.step(state.host, shown)
         if CHANGE in step.events:
-            own = replace(own, window=self.empty, skip=SETTLE, plain=None, wide=None)
-        elif own.skip > 0:
-            own = replace(own, skip=own.skip - len(seen.frames))
-        elif shown.features is not None and shown.logits is not None:
-            own = self._asked(replace(own, window=own.window.after(shown.features, shown.logits)), seen)
+            own = replace(own, window=self.empty, near=self.none, skip=SETTLE, plain=None, wide=None)
+        elif shown.features is not None and shown.logits is not None and shown.taps is not None:
+            if own.skip > 0:
+                own = replace(own, skip=own.skip - len(seen.frames))
+            else:
+                own = replace(own, window=own.window.after(shown.features, shown.logits))
+            own = self._asked(replace(own, near=own.near.after(shown.taps[0])), seen, shown)
         host, own, event = self._judged(step.state, own)
         events = (*step.events, event) if event else step.events
         again = step.again and not own.held
@@ -155,26 +167,40 @@ class Narrow(Wrapper[Kept]):
         """While the host is in the shadow, these are answers of another network than the one it learns to correct."""
         return Step(state, answered.logits) if state.own.held else super().watch(state, answered)
 
-    def _asked(self, own: Kept, seen: Observation) -> Kept:
-        """With the same frames as source has them, where the window so far looks narrow."""
-        if own.wide is not None or own.window.count < DOUBT or not own.window.narrow(self.usual):
+    def _asked(self, own: Kept, seen: Observation, shown: Observation) -> Kept:
+        """With the same frames as source has them, where those so far look narrow, or of mixed domains."""
+        narrow = own.wide is None and own.window.count >= DOUBT and own.window.narrow(self.usual)
+        mixed = own.near.mixed or (own.held and own.wide is None)
+        if not (narrow or mixed or own.near.spread(self.variance) > (ALIKE if own.skip > 0 else MIXED)):
             return own
         plain = _given(seen, self.source)
-        if plain.features is None or plain.logits is None:
+        if plain.features is None or plain.logits is None or plain.taps is None or shown.logits is None:
+            return own
+        distance = (np.square(plain.taps[0] - self.middle) / self.variance).mean(axis=1)
+        own = replace(own, near=own.near.compared(shown.logits, plain.logits, distance))
+        if not narrow:
             return own
         return replace(own, plain=(own.plain or self.empty).after(plain.features, plain.logits))
 
     def _judged(self, host: Any, own: Kept) -> tuple[Any, Kept, str | None]:
-        """The host's state and the guard's after a window is full, and what is to be told."""
-        if own.window.count < WINDOW or own.taught:
+        """The host's state and the guard's once there is a verdict, and what is to be told."""
+        full = own.window.count >= WINDOW
+        first = own.skip <= 0 and not own.window.count and not own.held
+        if own.taught or not (full or first):
             return host, own, None
-        narrow = own.window.narrow(self.usual)
-        held = narrow and (own.wide is not None or own.of_few)
-        event = None if held == own.held else FEW if held else MANY
-        own = replace(own, window=self.empty, held=held, plain=None)
-        if not held:
-            return host, own if narrow else replace(own, wide=host), event
-        return self.host.init() if own.wide is None else own.wide, replace(own, skip=SETTLE), event
+        mixed = own.near.of_few(still=own.held)
+        if first and not mixed:
+            return host, own, None
+        narrow = full and own.window.narrow(self.usual)
+        few = narrow and (own.wide is not None or own.of_few)
+        event = None if (few or mixed) == own.held else MANY if own.held else FEW
+        near = own.near.begun_anew(self.variance, still=few or mixed)
+        own = replace(own, window=self.empty, near=near, held=few or mixed, plain=None)
+        if few and not (mixed and near.mixed):
+            return self.host.init() if own.wide is None else own.wide, replace(own, skip=SETTLE), event
+        if mixed:
+            return host, replace(own, wide=None), event
+        return host, own if narrow else replace(own, wide=host), event
 
 
 def taught(own: Kept) -> Kept:

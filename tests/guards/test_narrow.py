@@ -57,6 +57,19 @@ def noise(bundle, seed=0, count=LOOK, width=0.3):
     return of_one(bundle, seed, count, plain)
 
 
+def of_mixed(bundle, seed=0, count=LOOK):
+    """A look at frames of one class and many domains: to ports many classes, features as wide as source's."""
+
+    def spread(look, width):
+        middle, usual = (bundle.source[f"taps.{name}"] for name in ("mean", "frame_std"))
+        means = np.random.default_rng(seed).normal(middle, width * usual, (count, len(usual)))
+        return replace(look, taps=(means, np.square(means) + 1.0))
+
+    plain = seen(bundle, seed, count, np.zeros(count, int), width=1.0, height=8.0)
+    look = seen(bundle, seed, count, np.arange(count) % CLASSES, width=1.0, height=8.0, plain=spread(plain, 0.8))
+    return spread(look, 1.5)
+
+
 def stretched(bundle, seed=0, count=LOOK):
     """A look at frames of one class that source takes for several, its features a third as wide as with ports."""
     return noise(bundle, seed, count, width=0.1)
@@ -161,7 +174,8 @@ def test_source_is_asked_only_where_a_window_looks_narrow(device_bundle, guard):
         return replace(look, rehearse=lambda frames, delta: asked.append(delta) or rehearse(frames, delta))
 
     for of, most in ((of_many, 0), (noise, (WINDOW - DOUBT) // LOOK + 1)):
-        fed(guard, guard.init(), map(counting, looks(of, device_bundle, LONG)))
+        settled, _ = fed(guard, guard.init(), looks(of, device_bundle, SETTLE))
+        fed(guard, settled, map(counting, looks(of, device_bundle, WINDOW)))
         assert len(asked) == most and not any(asked)
 
 
@@ -195,6 +209,15 @@ def test_in_the_shadow_the_host_is_shown_what_its_own_ports_would_give(device_bu
     state, _ = fed(guard, state, looks(of_one, device_bundle, 2 * LOOK))
     assert shown[1].same_as(shifted(device_bundle, LOOK / 1000))
     assert not guard.step(state, of_one(device_bundle)).again
+
+
+def test_where_domains_are_mixed_source_answers_and_the_host_goes_on(device_bundle, guard):
+    state, events = fed(guard, guard.init(), looks(of_mixed, device_bundle, SETTLE))
+    assert events == [FEW] and not guard.delta(state) and state.host.frames == SETTLE
+    state, events = fed(guard, state, looks(of_mixed, device_bundle, 2 * WINDOW))
+    assert events == [] and not guard.delta(state) and state.host.frames == SETTLE + 2 * WINDOW
+    state, events = fed(guard, state, looks(of_many, device_bundle, 2 * WINDOW))
+    assert events == [MANY] and guard.delta(state) is guard.host.delta(state.host)
 
 
 def test_labels_end_it(context, device_bundle):
