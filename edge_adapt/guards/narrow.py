@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.guards.near import ALIKE, MIXED, Near
-from edge_adapt.methods.protocol import FEATURES, TAPS, Answered, Context, Method, Observation, Step
+from edge_adapt.methods.protocol import CHANGE, FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.probabilities import entropy, softmax
 
 Array = NDArray[Any]
 
 FEW, MANY = "guard: few classes", "guard: many classes again"
-CHANGE = "domain change"
-"""Event of a host that begins its statistics anew."""
 
 SETTLE, WINDOW, DOUBT = 32, 48, 16
 """Frames looked at after a change of domain before ports fit it, of one verdict, and of a first suspicion."""

@@ -22,8 +22,8 @@ from edge_adapt.errors import ConfigError
 from edge_adapt.methods import cma
 from edge_adapt.methods.cma import CmaState
 from edge_adapt.methods.label_mix import LabelMix, noticed, runs
-from edge_adapt.methods.learner import CHANGE
 from edge_adapt.methods.protocol import (
+    CHANGE,
     FEATURES,
     HEAD,
     LOGITS,

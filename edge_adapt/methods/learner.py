@@ -22,14 +22,12 @@ from edge_adapt.errors import ConfigError, EngineError
 from edge_adapt.methods.graph_step import GraphStep, Loss
 from edge_adapt.methods.moments import Moments, MomentsState
 from edge_adapt.methods.optim import AdamState, Tensors, adam, all_finite, gradients_of, leaves, mix
-from edge_adapt.methods.protocol import CUT, GRADIENTS, TAPS, Answered, Context, Observation, Step
+from edge_adapt.methods.protocol import CHANGE, CUT, GRADIENTS, TAPS, Answered, Context, Observation, Step
 from edge_adapt.tail import batch_statistics
 
 Array = NDArray[Any]
 log = logging.getLogger(__name__)
 
-CHANGE = "domain change"
-"""What `Moments` says when it starts anew."""
 REFERENCE_LR = 1e-3
 SMALL_BATCH = 32
 """Device: the learning rate of a step on fewer frames is smaller in proportion."""

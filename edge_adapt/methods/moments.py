@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
 from edge_adapt.methods.label_mix import LabelMix, breadth, noticed, runs
-from edge_adapt.methods.protocol import SITES, TAPS, Answered, Context, Observation, Step, configured
+from edge_adapt.methods.protocol import CHANGE, SITES, TAPS, Answered, Context, Observation, Step, configured
 from edge_adapt.probabilities import softmax
 
 Array = NDArray[Any]
@@ -172,7 +172,7 @@ class Moments:
         settled = state.seen >= self.config.start / 2
         calm = 1 + self.config.patience * self._runs(state)
         if state.distance > self.config.alarm * calm * (1 if settled else UNSETTLED):
-            events = ("domain change",)
+            events = (CHANGE,)
             state = self._restart(state, mean, second, expected.mean(axis=0), frames)
         else:
             state = self._pool(state, means, mean, second, expected)

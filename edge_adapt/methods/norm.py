@@ -6,8 +6,8 @@ IABN (Gong et al., NOTE, NeurIPS 2022): each frame by its own, as far as they ar
 ICLR 2023): an average that moves as far as the batch differs from it.
 
 On the device the ports lag: an answer uses statistics of frames before it. Unlike `moments` this looks at every frame
-and moves every channel: there is no dead zone, no source as calibration measured it, and nothing notices a change of
-domain, so that a fixed memory has to forget the old one.
+and moves every channel: there is no dead zone, and no source as calibration measured it. `Moments` tells of a change of
+domain, and the average begins anew there.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from torch.nn.functional import softshrink
 
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.protocol import CUT, SITES, TAPS, Answered, Context, Observation, Step, configured
+from edge_adapt.methods.moments import Moments, MomentsConfig, MomentsState
+from edge_adapt.methods.protocol import CHANGE, CUT, SITES, TAPS, Answered, Context, Observation, Step, configured
 from edge_adapt.tail import NormCall
 
 Array = NDArray[Any]
 Kind = Literal["batch", "mix", "count", "ema", "iabn", "mecta"]
-Moments = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 """Mean and variance, each [C]."""
 Number = TypeVar("Number", Tensor, Array)
 
 DIVERGENCE_EPSILON = 1e-3
 LEAST_VARIANCE = 1e-4
+UNSETTLED = 32
+"""Device: frames that the average goes over at least, while ports move much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class NormState:
     count: int
     """Device: frames in the average, at most `memory`."""
     delta: Delta
+    watch: MomentsState | None = None
+    """Device: what notices a change of domain."""
 
 
 class Norm:
@@ -120,6 +125,7 @@ class Norm:
             self.tail = context.tail()
             self.source = self._stored()
         else:
+            self.moments = Moments(replace(context, settings={}), MomentsConfig(group=self.config.group))
             self.source = np.zeros(bundle.channels), np.ones(bundle.channels)
 
     def _stored(self) -> tuple[Array, Array]:
@@ -132,7 +138,8 @@ class Norm:
         return mean, variance
 
     def init(self) -> NormState:
-        return NormState(*self.source, count=0, delta=Delta.source())
+        watch = None if self.reference else self.moments.init()
+        return NormState(*self.source, count=0, delta=Delta.source(), watch=watch)
 
     def look(self, state: NormState, frames: int, passed: int) -> int:
         return frames if self.reference else min(frames, self.config.group)
@@ -206,18 +213,25 @@ class Norm:
 
     def _follow(self, state: NormState, seen: Observation) -> Step[NormState]:
         """Device: take the taps of these frames into the average, and set the ports for the next."""
-        assert seen.taps is not None
+        assert seen.taps is not None and state.watch is not None
         means, seconds = seen.taps
         if not (np.isfinite(means).all() and np.isfinite(seconds).all()):
             return Step(state, events=("refused: taps are not finite",))
-        mean = means.mean(axis=0)
-        variance = np.maximum(seconds.mean(axis=0) - np.square(mean), 0)
-        state = (self._moved if self.kind == "mecta" else self._averaged)(state, mean, variance, len(means))
-        return Step(replace(state, delta=self._ports(state)))
+        watched = self.moments.step(state.watch, seen)
+        mean, second, frames = means.mean(axis=0), seconds.mean(axis=0), len(means)
+        if CHANGE in watched.events:  # what it knows of the new domain is more than these frames
+            state = self.init()
+            mean, second, frames = watched.state.mean, watched.state.second, watched.state.count
+        state, variance = replace(state, watch=watched.state), np.maximum(second - np.square(mean), 0)
+        state = (self._moved if self.kind == "mecta" else self._averaged)(state, mean, variance, frames)
+        return Step(replace(state, delta=self._ports(state)), events=watched.events, again=watched.again)
 
     def _averaged(self, state: NormState, mean: Array, variance: Array, frames: int) -> NormState:
-        """Exactly while frames are fewer than `memory`; `ema` starts with a memory full of source."""
+        """Over half of the frames of this domain, so that those seen before ports moved are forgotten, and at most
+        `memory`; `ema` starts with a memory full of source."""
+        assert state.watch is not None
         memory = self.config.memory
+        memory = memory if self.kind == "ema" else int(np.clip(state.watch.seen / 2, min(UNSETTLED, memory), memory))
         count = memory if self.kind == "ema" else min(state.count + frames, memory)
         rate = min(1.0, frames / count)
         moved = state.mean + rate * (mean - state.mean)
@@ -244,7 +258,7 @@ class Norm:
         return Delta.of_ports(scale, -share * state.mean * scale)
 
 
-def moments_of(x: Tensor, *, unbiased: bool) -> Moments | None:
+def moments_of(x: Tensor, *, unbiased: bool) -> Pair | None:
     """Mean and variance of each channel of x [N, C, ...]; None where a channel has one value only."""
     if x.numel() <= x.shape[1]:
         return None

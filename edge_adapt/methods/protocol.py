@@ -25,6 +25,8 @@ LOGITS = "logits"
 SITES, HEAD, GRADIENTS, PROMPTS, IMAGES = "sites", "head", "gradients", "prompts", "images"
 """What a method may require of a bundle: norm sites; a linear head; something in the tail to learn; prompt inputs;
 frames that are images of one or three channels."""
+CHANGE = "domain change"
+"""What a method says that begins its statistics anew, since the domain is another one."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.learner import CHANGE
 from edge_adapt.methods.protocol import (
+    CHANGE,
     FEATURES,
     HEAD,
     LOGITS,

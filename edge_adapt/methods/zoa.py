@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
 from edge_adapt.methods.foa import History, Shift, ShiftConfig, calibrated
-from edge_adapt.methods.learner import CHANGE
 from edge_adapt.methods.norm import divergence
 from edge_adapt.methods.protocol import (
+    CHANGE,
     FEATURES,
     HEAD,
     LOGITS,

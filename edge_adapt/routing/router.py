@@ -23,7 +23,18 @@ from numpy.typing import NDArray
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
 from edge_adapt.guards.rows import picked
-from edge_adapt.methods.protocol import FEATURES, LOGITS, TAPS, Answered, Context, Method, Observation, Step, configured
+from edge_adapt.methods.protocol import (
+    CHANGE,
+    FEATURES,
+    LOGITS,
+    TAPS,
+    Answered,
+    Context,
+    Method,
+    Observation,
+    Step,
+    configured,
+)
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.routing import mixed, scores
 from edge_adapt.routing.bank import NO_SCORES, Bank, Cap
@@ -148,7 +159,7 @@ class Router(Wrapper[Routing]):
             return self._split(state, seen)
         step = self.host.step(state.host, seen)
         own, events = state.own, step.events
-        if any(event == "domain change" for event in step.events):
+        if CHANGE in step.events:
             own = replace(own, in_doubt=True, window=self._nothing, scores=NO_SCORES, unknown=0)
         own = replace(own, quiet=own.quiet + 1)
         if not own.in_doubt and own.quiet < self.config.every:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from edge_adapt.bundle import Bundle
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT
 from edge_adapt.engines.onnxruntime import OnnxRuntimeEngine
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.norm import Norm, NormState, divergence, iabn, moments_of
-from edge_adapt.methods.protocol import Context, Observation
+from edge_adapt.methods.moments import Moments
+from edge_adapt.methods.norm import UNSETTLED, Norm, NormState, divergence, iabn, moments_of
+from edge_adapt.methods.protocol import CHANGE, Context, Observation, Step
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.tail import NormCall, Tail, batch_statistics
 
@@ -169,10 +171,10 @@ def averaged(bundle: Bundle, method: Norm, frames: np.ndarray) -> NormState:
     return state
 
 
-@pytest.mark.parametrize(("kind", "share"), [("batch", 1.0), ("mix", 0.1), ("count", 64 / 80)])
+@pytest.mark.parametrize(("kind", "share"), [("batch", 1.0), ("mix", 0.1), ("count", UNSETTLED / (UNSETTLED + 16))])
 def test_ports_say_the_statistics_of_the_stream(device_bundle, tiny_frames, kind, share):
     """Golden: taps taken at source; the port of a site makes its input what source has, as far as the mix goes."""
-    frames = other(tiny_frames[:64])
+    frames = other(tiny_frames[:UNSETTLED])
     method = norm(device_bundle, kind=kind)
     delta = averaged(device_bundle, method, frames).delta
     means, seconds = Predictor(device_bundle, OnnxRuntimeEngine(device_bundle)).look(frames, method.needs).taps
@@ -189,6 +191,24 @@ def test_an_average_goes_to_where_the_stream_is(device_bundle, tiny_frames, kind
     state = averaged(device_bundle, method, frames)
     means, _ = Predictor(device_bundle, OnnxRuntimeEngine(device_bundle)).look(frames[:128], method.needs).taps
     assert np.abs(state.mean - means.mean(0)).mean() < 0.5 * np.abs(means.mean(0)).mean()
+
+
+def test_the_first_half_of_a_domain_is_forgotten_as_ports_moved_since(device_bundle, tiny_frames):
+    method = norm(device_bundle)
+    state = averaged(device_bundle, method, tiny_frames[: 3 * UNSETTLED])
+    assert state.count == 3 * UNSETTLED // 2 and state.watch.seen == 3 * UNSETTLED
+
+
+def test_a_change_of_domain_begins_the_average_anew(device_bundle, tiny_frames, monkeypatch):
+    method = norm(device_bundle)
+    state, fresh = averaged(device_bundle, method, tiny_frames[:64]), method.moments.init()
+    known = replace(fresh, mean=np.full_like(fresh.mean, 0.5), second=np.full_like(fresh.second, 4.25), count=8, seen=8)
+    monkeypatch.setattr(Moments, "step", lambda self, *given: Step(known, events=(CHANGE,), again=True))
+    look = Predictor(device_bundle, OnnxRuntimeEngine(device_bundle)).look(other(tiny_frames[:8]), method.needs)
+    step = method.step(state, look)
+    assert step.events == (CHANGE,) and step.again and step.state.count == 8
+    np.testing.assert_allclose(step.state.mean, 0.5)
+    np.testing.assert_allclose(step.state.variance, 4.0)
 
 
 def test_broken_taps_leave_no_mark(device_bundle, tiny_frames):
