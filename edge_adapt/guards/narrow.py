@@ -186,7 +186,7 @@ class Narrow(Wrapper[Kept]):
         first = own.skip <= 0 and not own.window.count and not own.held
         if own.taught or not (full or first):
             return host, own, None
-        mixed = own.near.of_few(still=own.held)
+        mixed = own.near.of_few(self.variance, still=own.held)
         if first and not mixed:
             return host, own, None
         narrow = full and own.window.narrow(self.usual)

@@ -2,6 +2,7 @@
 
 Boudiaf et al., "Parameter-free Online Test-time Adaptation", CVPR 2022. It helps where neighbours in time are of one
 class and destroys where they are not, so a gate lets it act on correlated streams alone; as published there is none.
+On the device a frame that is the one before is left out: a stuck sensor is no correlated stream.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from edge_adapt.errors import ConfigError
+from edge_adapt.guards.rows import scattered
 from edge_adapt.methods.protocol import FEATURES, HEAD, LOGITS, Answered, Context, Method, Step, configured
 from edge_adapt.methods.source import Source
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
@@ -27,6 +29,8 @@ WINDOW = 32
 """Frames refined together on the device, where few arrive at once."""
 ENOUGH = 64
 """Answers before the gate may open."""
+SAME = 1e-5
+"""Features are those of the same frame if they differ by less than this share of the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,7 @@ class Lame(Wrapper[LameState]):
         published = context.reference
         self.gated = not published if self.config.gate is None else self.config.gate
         self.window = (0 if published else WINDOW) if self.config.window is None else self.config.window
+        self.takes_repeated = published
         manifest = context.bundle.manifest
         assert manifest.head is not None
         self.classes, self.width = manifest.outputs, manifest.head.width
@@ -136,17 +141,29 @@ class Lame(Wrapper[LameState]):
         features = self.features_of(answered)
         if not (np.isfinite(answered.logits).all() and np.isfinite(features).all()):
             return Step(state, answered.logits, (*events, "refused: answers are not finite"))
-        logits = np.concatenate([state.own.logits, answered.logits])[-max(self.window, len(features)) :]
-        features = np.concatenate([state.own.features, features])[-len(logits) :]
-        own = self._seen(state.own, answered.logits, logits, features)
+        fresh = self._fresh(state.own, features)
+        if not fresh.any():
+            return Step(state, answered.logits, events)
+        newest = answered.logits[fresh]
+        logits = np.concatenate([state.own.logits, newest])[-max(self.window, len(newest)) :]
+        features = np.concatenate([state.own.features, features[fresh]])[-len(logits) :]
+        own = self._seen(state.own, newest, logits, features)
         if own.acts != state.own.acts:
             events = (*events, "lame: on, the stream is correlated" if own.acts else "lame: off")
         state = Wrapped(state.host, own)
         if not own.acts:
             return Step(state, answered.logits, events)
         refined = refine(log_softmax(logits.astype(np.float64), axis=1), self.affinity(features))
-        new = refined[-len(answered.logits) :]
-        return Step(state, np.log(np.maximum(new, LEAST_PROBABILITY)).astype(np.float32), events)
+        new = np.log(np.maximum(refined[-len(newest) :], LEAST_PROBABILITY)).astype(np.float32)
+        return Step(state, scattered(new, fresh, answered.logits), events)
+
+    def _fresh(self, own: LameState, features: Array) -> Array:
+        """[N] bool, False for a frame that is the one before: what a stuck sensor shows says nothing of its stream."""
+        if self.takes_repeated:
+            return np.ones(len(features), bool)
+        before = np.concatenate([own.features[-1:] if len(own.features) else features[:1] + 1.0, features[:-1]])
+        made: Array = np.abs(features - before).max(axis=1) > SAME * np.abs(features).max(axis=1)
+        return made
 
     def _seen(self, own: LameState, answers: Array, logits: Array, features: Array) -> LameState:
         """Remember the last frames, and decide whether to act."""

@@ -62,7 +62,8 @@ def of_mixed(bundle, seed=0, count=LOOK):
 
     def spread(look, width):
         middle, usual = (bundle.source[f"taps.{name}"] for name in ("mean", "frame_std"))
-        means = np.random.default_rng(seed).normal(middle, width * usual, (count, len(usual)))
+        far = np.where(np.arange(count) % 4, 1.0, 2.0)[:, None]  # one domain in four is far from source
+        means = np.random.default_rng(seed).normal(middle, width * far * usual, (count, len(usual)))
         return replace(look, taps=(means, np.square(means) + 1.0))
 
     plain = seen(bundle, seed, count, np.zeros(count, int), width=1.0, height=8.0)

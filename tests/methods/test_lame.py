@@ -136,6 +136,25 @@ def test_the_gate_opens_on_a_correlated_stream_and_that_pays(device_bundle, size
     assert (found.argmax(1) != labels)[late].mean() < 0.7 * (logits.argmax(1) != labels)[late].mean()
 
 
+@pytest.mark.parametrize("size", [1, 50])
+def test_a_stuck_sensor_is_no_correlated_stream(device_bundle, size):
+    logits, features, _ = stream(run=1)
+    sticks = np.repeat(np.arange(len(logits)), np.where(np.arange(len(logits)) % 8, 1, 12))
+    stuck = features[sticks] * (1 + 1e-7)  # the same frame in another batch rounds otherwise
+    found, events, _ = play(LameAlone(context(device_bundle)), logits[sticks], stuck, size)
+    assert np.array_equal(found, logits[sticks]) and not events
+
+
+def test_repeated_frames_are_answered_as_they_came_and_lend_no_neighbours(device_bundle):
+    lame = LameAlone(context(device_bundle, gate=False))
+    logits, features, _ = stream(run=32)
+    once, again = np.arange(6), np.array([0, 1, 2, 2, 2, 3, 4, 5])
+    plain = lame.watch(lame.init(), Answered(logits[once], features[once]))
+    stuck = lame.watch(lame.init(), Answered(logits[again], features[again]))
+    np.testing.assert_array_equal(stuck.logits[[0, 1, 2, 5, 6, 7]], plain.logits)
+    np.testing.assert_array_equal(stuck.logits[3:5], logits[[2, 2]])
+
+
 def test_kappa_is_that_of_cohen_and_knows_no_skew():
     rng = np.random.default_rng(0)
     drawn = rng.choice(4, 20_000, p=[0.7, 0.2, 0.06, 0.04])
