@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
-from edge_adapt.guards.near import ALIKE, MIXED, Near
+from edge_adapt.guards.near import Near
 from edge_adapt.methods.protocol import CHANGE, FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.probabilities import entropy, softmax
@@ -128,7 +128,7 @@ class Narrow(Wrapper[Kept]):
         self.empty = Window(np.zeros((2, stored["class.mean"].shape[1])), np.zeros(classes))
         self.middle = stored["taps.mean"].astype(np.float64)
         self.variance = np.square(stored["taps.frame_std"].astype(np.float64)) + 1e-6
-        self.none = Near.none(len(self.middle), classes)
+        self.none = Near.none(classes)
 
     @staticmethod
     def serves(host: Method[Any], bundle: Bundle) -> bool:
@@ -155,7 +155,7 @@ class Narrow(Wrapper[Kept]):
                 own = replace(own, skip=own.skip - len(seen.frames))
             else:
                 own = replace(own, window=own.window.after(shown.features, shown.logits))
-            own = self._asked(replace(own, near=own.near.after(shown.taps[0])), seen, shown)
+            own = self._asked(replace(own, near=own.near.after(shown.taps[0], self.variance)), seen, shown)
         host, own, event = self._judged(step.state, own)
         events = (*step.events, event) if event else step.events
         again = step.again and not own.held
@@ -168,8 +168,7 @@ class Narrow(Wrapper[Kept]):
     def _asked(self, own: Kept, seen: Observation, shown: Observation) -> Kept:
         """With the same frames as source has them, where those so far look narrow, or of mixed domains."""
         narrow = own.wide is None and own.window.count >= DOUBT and own.window.narrow(self.usual)
-        mixed = own.near.mixed or (own.held and own.wide is None)
-        if not (narrow or mixed or own.near.spread(self.variance) > (ALIKE if own.skip > 0 else MIXED)):
+        if not (narrow or own.near.asks or (own.held and own.wide is None)):
             return own
         plain = _given(seen, self.source)
         if plain.features is None or plain.logits is None or plain.taps is None or shown.logits is None:
@@ -186,15 +185,16 @@ class Narrow(Wrapper[Kept]):
         first = own.skip <= 0 and not own.window.count and not own.held
         if own.taught or not (full or first):
             return host, own, None
-        mixed = own.near.of_few(self.variance, still=own.held)
+        mixed = own.near.of_few(still=own.held)
         if first and not mixed:
             return host, own, None
         narrow = full and own.window.narrow(self.usual)
         few = narrow and (own.wide is not None or own.of_few)
-        event = None if (few or mixed) == own.held else MANY if own.held else FEW
-        near = own.near.begun_anew(self.variance, still=few or mixed)
-        own = replace(own, window=self.empty, near=near, held=few or mixed, plain=None)
-        if few and not (mixed and near.mixed):
+        few = few and not (mixed and own.near.mixed)
+        held = few or mixed
+        event = None if held == own.held else FEW if held else MANY
+        own = replace(own, window=self.empty, near=own.near.begun_anew(still=held), held=held, plain=None)
+        if few:
             return self.host.init() if own.wide is None else own.wide, replace(own, skip=SETTLE), event
         if mixed:
             return host, replace(own, wide=None), event
