@@ -24,15 +24,17 @@ ALONE, CONTAMINATED = "continual", "contaminated"
 STRANGERS = "Error in % on the genuine frames; `alone` is `continual`, the same domains without strangers."
 
 
-def compact(results: dict[str, Any], not_run: int = 0) -> dict[str, Any]:
+def compact(results: dict[str, Any], not_run: int = 0, older: int = 0) -> dict[str, Any]:
     """The results of a plan without what no table here is made from, such as timelines: in the same form.
 
     not_run: cells of the plan that are not among the results, because nobody waited for them.
+    older: cells that are of an earlier state of the code, for the same reason.
     """
     return {
         "schema": results["schema"],
         "environment": results["environment"],
         "not_run": not_run,
+        "older": older,
         "cells": [_compact(cell) for cell in results["cells"]],
     }
 
@@ -48,9 +50,9 @@ def _compact(cell: Cell) -> Cell:
     return kept | {"row": {"error_mean": row["error_mean"], "time": row["time"], "visits": row["visits"] * told}}
 
 
-def write(results: Path, folder: Path, not_run: int = 0) -> None:
+def write(results: Path, folder: Path, not_run: int = 0, older: int = 0) -> None:
     """Both files, made anew from the results of a plan."""
-    made = compact(json.loads(results.read_text()), not_run)
+    made = compact(json.loads(results.read_text()), not_run, older)
     write_atomically(folder / FIGURES, (json.dumps(made, separators=(",", ":")) + "\n").encode())
     write_atomically(folder / PAGE, page(folder / FIGURES).encode())
 
@@ -69,7 +71,8 @@ def page(figures: Path) -> str:
         f"{len(found)}. {broken} cells broke. The worst: {worst}.\n\n"
         "Made by `make no-harm` from [no_harm.yaml](../plans/no_harm.yaml), which says how many frames, seeds and "
         "corruptions; more seeds are taken together."
-        + (f" {missing} cells of it were not run." if (missing := made.get("not_run", 0)) else ""),
+        + (f" {missing} cells of it were not run." if (missing := made.get("not_run", 0)) else "")
+        + (f" {older} cells are of an earlier state of the code." if (older := made.get("older", 0)) else ""),
     ]
     for title, group in _matrices(found):
         parts.append(f"## {title}\n\n{matrix(group)}")

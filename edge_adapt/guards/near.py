@@ -75,7 +75,7 @@ class Near:
         apart = np.square(values[len(values) - len(before) :] - before) / (2 * variance)
         return replace(
             self,
-            last=values[-1],
+            last=values[-1].copy(),
             apart=self.apart + float(apart.mean(axis=1).sum()),
             frames=self.frames + len(before),
         )

@@ -86,9 +86,10 @@ def test_what_is_published_says_the_same_as_the_results(tmp_path):
     assert "| source | 20.0 % |" in text and "| tent | -1.0 |" in text and "| cotta | **+2.0** |" in text
     assert "1 of 3. 1 cells broke" in text
     assert "| rn20 | 64 | moments | hdc | 25.0 | 15.0 |" in text
-    assert "were not run" not in text
-    write(path, tmp_path, not_run=7)
-    assert "7 cells of it were not run." in (tmp_path / PAGE).read_text()
+    assert "were not run" not in text and "earlier state" not in text
+    write(path, tmp_path, not_run=7, older=5)
+    text = (tmp_path / PAGE).read_text()
+    assert "7 cells of it were not run. 5 cells are of an earlier state of the code." in text
 
 
 def test_strangers_stand_beside_the_same_domains_alone():
