@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from edge_adapt.errors import ConfigError
-from edge_adapt.guards.rows import scattered
 from edge_adapt.methods.protocol import FEATURES, HEAD, LOGITS, Answered, Context, Method, Step, configured
 from edge_adapt.methods.source import Source
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
@@ -154,8 +153,9 @@ class Lame(Wrapper[LameState]):
         if not own.acts:
             return Step(state, answered.logits, events)
         refined = refine(log_softmax(logits.astype(np.float64), axis=1), self.affinity(features))
-        new = np.log(np.maximum(refined[-len(newest) :], LEAST_PROBABILITY)).astype(np.float32)
-        return Step(state, scattered(new, fresh, answered.logits), events)
+        answers = answered.logits.astype(np.float32)
+        answers[fresh] = np.log(np.maximum(refined[-len(newest) :], LEAST_PROBABILITY))
+        return Step(state, answers, events)
 
     def _fresh(self, own: LameState, features: Array) -> Array:
         """[N] bool, False for a frame that is the one before: what a stuck sensor shows says nothing of its stream."""
