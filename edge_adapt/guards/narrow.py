@@ -98,6 +98,8 @@ class Kept:
     """Frames yet to be looked at before the window begins."""
     held: bool = False
     """True while the host is in the shadow."""
+    mixed: bool = False
+    """True if that is for what `near` said, which then is what ends it."""
     plain: Window | None = None
     """The same frames as source has them, from a first suspicion on; None before, and where there were wide windows."""
     wide: Any = None
@@ -168,7 +170,7 @@ class Narrow(Wrapper[Kept]):
     def _asked(self, own: Kept, seen: Observation, shown: Observation) -> Kept:
         """With the same frames as source has them, where those so far look narrow, or of mixed domains."""
         narrow = own.wide is None and own.window.count >= DOUBT and own.window.narrow(self.usual)
-        if not (narrow or own.near.asks or (own.held and own.wide is None)):
+        if not (narrow or own.near.asks or own.mixed):
             return own
         plain = _given(seen, self.source)
         if plain.features is None or plain.logits is None or plain.taps is None or shown.logits is None:
@@ -185,7 +187,7 @@ class Narrow(Wrapper[Kept]):
         first = own.skip <= 0 and not own.window.count and not own.held
         if own.taught or not (full or first):
             return host, own, None
-        mixed = own.near.of_few(still=own.held)
+        mixed = own.near.of_few(still=own.mixed)
         if first and not mixed:
             return host, own, None
         narrow = full and own.window.narrow(self.usual)
@@ -193,7 +195,9 @@ class Narrow(Wrapper[Kept]):
         few = few and not (mixed and own.near.mixed)
         held = few or mixed
         event = None if held == own.held else FEW if held else MANY
-        own = replace(own, window=self.empty, near=own.near.begun_anew(still=held), held=held, plain=None)
+        mixed = mixed and not few
+        near = own.near.begun_anew(still=mixed)
+        own = replace(own, window=self.empty, near=near, held=held, mixed=mixed, plain=None)
         if few:
             return self.host.init() if own.wide is None else own.wide, replace(own, skip=SETTLE), event
         if mixed:
@@ -203,7 +207,7 @@ class Narrow(Wrapper[Kept]):
 
 def taught(own: Kept) -> Kept:
     """Once the host learned from labels: nothing is held back any more."""
-    return replace(own, taught=True, held=False, plain=None)
+    return replace(own, taught=True, held=False, mixed=False, plain=None)
 
 
 def _given(seen: Observation, delta: Delta) -> Observation:
