@@ -59,16 +59,24 @@ def noise(bundle, seed=0, count=LOOK, width=0.3):
 
 def of_mixed(bundle, seed=0, count=LOOK):
     """A look at frames of one class and many domains: to ports many classes, features as wide as source's."""
-
-    def spread(look, width):
-        middle, usual = (bundle.source[f"taps.{name}"] for name in ("mean", "frame_std"))
-        far = np.where(np.arange(count) % 4, 1.0, 2.0)[:, None]  # one domain in four is far from source
-        means = np.random.default_rng(seed).normal(middle, width * far * usual, (count, len(usual)))
-        return replace(look, taps=(means, np.square(means) + 1.0))
-
+    far = np.where(np.arange(count) % 4, 1.0, 2.0)[:, None]  # one domain in four is far from source
     plain = seen(bundle, seed, count, np.zeros(count, int), width=1.0, height=8.0)
-    look = seen(bundle, seed, count, np.arange(count) % CLASSES, width=1.0, height=8.0, plain=spread(plain, 0.8))
-    return spread(look, 1.5)
+    plain = apart(plain, bundle, seed, 0.8 * far)
+    look = seen(bundle, seed, count, np.arange(count) % CLASSES, width=1.0, height=8.0, plain=plain)
+    return apart(look, bundle, seed, 1.5 * far)
+
+
+def of_three(bundle, seed=0, count=LOOK):
+    """A look at frames of three classes and one domain near source: to ports many classes, and unsure."""
+    plain = seen(bundle, seed, count, np.arange(count) % 3, width=0.3, height=8.0)
+    return apart(of_one(bundle, seed, count, apart(plain, bundle, seed, 0.5)), bundle, seed, 0.5)
+
+
+def apart(look, bundle, seed, width):
+    """That look with tap means that lie `width` times as wide about source's own middle as source's do."""
+    middle, usual = (bundle.source[f"taps.{name}"] for name in ("mean", "frame_std"))
+    means = np.random.default_rng(seed).normal(middle, width * usual, (len(look.frames), len(usual)))
+    return replace(look, taps=(means, np.square(means) + 1.0))
 
 
 def stretched(bundle, seed=0, count=LOOK):
@@ -154,6 +162,12 @@ def test_few_classes_leave_source_in_force_until_there_are_many(device_bundle, g
     state, events = fed(guard, state, looks(of_one, device_bundle, 2 * LONG))
     assert events == [] and not guard.delta(state)
     state, events = fed(guard, state, looks(of_many, device_bundle, 2 * LONG))
+    assert events == [MANY] and guard.delta(state) is guard.host.delta(state.host)
+
+
+def test_a_hold_ends_by_what_began_it_whatever_frames_near_source_say(device_bundle, guard):
+    state, _ = fed(guard, guard.init(), looks(of_one, device_bundle, LONG))
+    state, events = fed(guard, state, looks(of_three, device_bundle, LONG))
     assert events == [MANY] and guard.delta(state) is guard.host.delta(state.host)
 
 
