@@ -85,7 +85,7 @@ class MOS(Learner):
 
     name: ClassVar[str] = "mos"
     requires: frozenset[str] = frozenset({GRADIENTS, HEAD})
-    device_lr: ClassVar[float] = 3e-3
+    device_lr: ClassVar[float] = 1e-3
 
     def __init__(self, context: Context, config: MOSConfig | None = None) -> None:
         self.config: MOSConfig = configured(config or MOSConfig(), context.settings)
