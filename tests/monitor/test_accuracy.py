@@ -127,7 +127,7 @@ def test_where_all_frames_lie_far_none_is_a_stranger(bundle):
     near = signals.after(signals.init(), logits, np.ones((MEMORY, D), np.float32))
     far = near
     for _ in range(8):
-        far = signals.after(far, logits[:16], 3 * np.ones((16, D), np.float32))
+        far = signals.after(far, logits[:16], 2 * np.ones((16, D), np.float32))
     assert near.whole.count == MEMORY
     assert far.whole.count == MEMORY + 7 * 16  # the first look is not yet known to be of many
 
