@@ -42,7 +42,13 @@ class Harm:
     """Of the parts of `stream`."""
 
     @property
+    def above(self) -> bool:
+        """True if it is worse than it may be, be that by chance or not."""
+        return self.error > self.source + HARM
+
+    @property
     def harms(self) -> bool:
+        """True if chance does not explain it."""
         return self.error > self.source + HARM + self.noise
 
     @property
@@ -108,7 +114,10 @@ def returns(cells: Sequence[Cell]) -> Iterator[Return]:
 
 
 def main(path: Path, folder: Path | None = None) -> int:
-    """Print every cell that harms and every one that broke; 1 if there is any. `folder`: where tables are written."""
+    """Print every cell above source, harmful or by chance, and every one that broke; 1 if any harms or broke.
+
+    `folder`: where tables are written.
+    """
     cells: list[Cell] = json.loads(path.read_text())["cells"]
     broken = [cell for cell in cells if cell["status"] in ("failed", "timeout")]
     good = [cell for cell in cells if cell["status"] == "ok" and cell["row"]["error_mean"] is not None]
@@ -116,8 +125,8 @@ def main(path: Path, folder: Path | None = None) -> int:
     for cell in broken:
         print(f"BROKEN {cell['scenario']} batch {cell['batch_size']} {cell['method']}: {cell['why']}")
     for harm in sorted(found, key=lambda harm: harm.source - harm.error):
-        if harm.harms:
-            print(f"HARM   {harm}")
+        if harm.above:
+            print(f"{'HARM' if harm.harms else 'ABOVE':6} {harm}")
     for line in returns(good):
         print(f"return {line}")
     if folder is not None:
@@ -125,7 +134,8 @@ def main(path: Path, folder: Path | None = None) -> int:
 
         harm_report.write(path, folder)
     worst = max(found, key=lambda harm: harm.error - harm.source, default=None)
-    print(f"{len(found)} cells beside source, {sum(harm.harms for harm in found)} harm; the worst: {worst}")
+    above, beyond = (sum(getattr(harm, name) for harm in found) for name in ("above", "harms"))
+    print(f"{len(found)} cells beside source, {above} above it by {HARM} points, {beyond} harm; the worst: {worst}")
     return int(bool(broken) or any(harm.harms for harm in found))
 
 

@@ -18,7 +18,7 @@ KEPT = (
     "bundle", "bundle_id", "data", "scenario", "method", "router", "batch_size", "seed", "engine", "severity", "limit",
     "corruptions", "status", "why",
 )  # fmt: skip
-HARMFUL = "**{}**"
+ABOVE, HARMFUL = "*{}*", "**{}**"
 ALONE, CONTAMINATED = "continual", "contaminated"
 """The scenario without strangers, and how the names of those with them begin."""
 STRANGERS = "Error in % on the genuine frames; `alone` is `continual`, the same domains without strangers."
@@ -66,9 +66,10 @@ def page(figures: Path) -> str:
     worst = max(found, key=lambda harm: harm.error - harm.source)
     parts = [
         "# No harm",
-        f"Mean error less that of `source` on the same frames, in points; below zero is better. Above {HARM} and one "
-        f"standard error of source's own, it harms and stands in bold: {sum(harm.harms for harm in found)} of "
-        f"{len(found)}. {broken} cells broke. The worst: {worst}.\n\n"
+        f"Mean error less that of `source` on the same frames, in points; below zero is better. Nothing may be "
+        f"more than {HARM} above: {sum(harm.above for harm in found)} of {len(found)} are, in italics, and "
+        f"{sum(harm.harms for harm in found)} of these, in bold, by more than one standard error of source's own "
+        f"besides, which is no chance. {broken} cells broke. The worst: {worst}.\n\n"
         "Made by `make no-harm` from [no_harm.yaml](../plans/no_harm.yaml), which says how many frames, seeds and "
         "corruptions; more seeds are taken together."
         + (f" {missing} cells of it were not run." if (missing := made.get("not_run", 0)) else "")
@@ -108,7 +109,7 @@ def _figure(harm: Harm | None) -> str:
     if harm is None:
         return NOTHING
     told = f"{harm.error - harm.source:+.1f}"
-    return HARMFUL.format(told) if harm.harms else told
+    return (HARMFUL if harm.harms else ABOVE).format(told) if harm.above else told
 
 
 def strangers(found: Sequence[Harm]) -> str:

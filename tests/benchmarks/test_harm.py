@@ -35,8 +35,16 @@ def test_a_method_above_source_by_more_than_half_a_point_and_chance_harms(tmp_pa
     found = {harm.method: harm for harm in harms(cells)}
     assert found["tent"].noise == pytest.approx(1.265, abs=0.001)  # of the frames that are scored
     assert {name: harm.harms for name, harm in found.items()} == {"tent": False, "cotta": True}
+    assert {name: harm.above for name, harm in found.items()} == {"tent": True, "cotta": True}
     assert main(written(tmp_path, cells)) == 1
-    assert "HARM   rn20 cifar continual batch 64: cotta 22.00" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "HARM   rn20 cifar continual batch 64: cotta 22.00" in told
+    assert "ABOVE  rn20 cifar continual batch 64: tent 21.70" in told
+    assert "2 cells beside source, 2 above it by 0.5 points, 1 harm" in told
+
+
+def test_half_a_point_above_source_is_allowed():
+    assert not any(harm.above for harm in harms([cell("source", 20.0), cell("tent", 20.5)]))
 
 
 def test_seeds_are_taken_together_and_batch_sizes_apart():
@@ -68,7 +76,8 @@ def test_the_plans_of_the_tables_are_sound_and_have_source_beside_every_cell(nam
 
 def test_what_is_published_says_the_same_as_the_results(tmp_path):
     visits = [{"name": "fog", "start": 512 * n, "frames": 256, "error": [30, 20, 10, 20]} for n in (0, 1, 2)]
-    cells = [cell("source", 20.0), cell("tent", 19.0), cell("cotta", 22.0), cell("lae", None, status="failed")]
+    cells = [cell("source", 20.0), cell("tent", 19.0), cell("cotta", 22.0), cell("sar", 21.0)]
+    cells.append(cell("lae", None, status="failed"))
     cells += [cell(name, 30, scenario="recurring", router="hdc", visits=visits) for name in ("source", "moments")]
     for each in cells:
         each["bundle_id"] = "0"
@@ -84,7 +93,8 @@ def test_what_is_published_says_the_same_as_the_results(tmp_path):
     text = (tmp_path / PAGE).read_text()
     assert text == page(tmp_path / FIGURES)
     assert "| source | 20.0 % |" in text and "| tent | -1.0 |" in text and "| cotta | **+2.0** |" in text
-    assert "1 of 3. 1 cells broke" in text
+    assert "| sar | *+1.0* |" in text
+    assert "2 of 4 are, in italics, and 1 of these, in bold," in text and "1 cells broke" in text
     assert "| rn20 | 64 | moments | hdc | 25.0 | 15.0 |" in text
     assert "were not run" not in text and "earlier state" not in text
     write(path, tmp_path, not_run=7, older=5)
