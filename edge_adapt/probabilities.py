@@ -24,3 +24,8 @@ def entropy(shares: Array) -> Array:
     """[..., K] -> [...], in nats."""
     made: Array = -(shares * np.log(np.maximum(shares, LEAST))).sum(axis=-1)
     return made
+
+
+def perplexity(shares: Array) -> float:
+    """[K] -> how many classes as frequent as one another would be as uncertain, 1 to K."""
+    return float(np.exp(entropy(shares)))

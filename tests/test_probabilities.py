@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from edge_adapt.probabilities import entropy, softmax
+from edge_adapt.probabilities import entropy, perplexity, softmax
 
 
 def test_softmax_is_scipys_in_double_precision_for_any_shape():
@@ -26,3 +26,8 @@ def test_entropy_is_scipys_in_nats_and_none_where_one_class_has_all():
     np.testing.assert_allclose(entropy(shares), stats.entropy(shares, axis=1), rtol=1e-12)
     assert entropy(np.array([0.0, 1.0, 0.0])) == 0
     assert entropy(np.full(10, 0.1)) == pytest.approx(np.log(10))
+
+
+def test_perplexity_is_the_number_of_classes_that_are_alike():
+    assert perplexity(np.array([0.25, 0.25, 0.0, 0.25, 0.25])) == pytest.approx(4)
+    assert perplexity(np.array([0.0, 1.0, 0.0])) == pytest.approx(1)

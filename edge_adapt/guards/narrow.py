@@ -21,7 +21,7 @@ from edge_adapt.delta import Delta
 from edge_adapt.guards.near import Near
 from edge_adapt.methods.protocol import CHANGE, FEATURES, TAPS, Answered, Context, Method, Observation, Step
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
-from edge_adapt.probabilities import entropy, softmax
+from edge_adapt.probabilities import entropy, perplexity, softmax
 
 Array = NDArray[Any]
 
@@ -81,7 +81,7 @@ class Window:
     @property
     def kinds(self) -> float:
         """Number of classes that the answers tell."""
-        return float(np.exp(entropy(self.shares / self.count)))
+        return perplexity(self.shares / self.count)
 
     def narrow(self, usual: float) -> bool:
         """usual: spread of source's own features."""

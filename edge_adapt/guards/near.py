@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_adapt.guards.rows import sound_rows
-from edge_adapt.probabilities import entropy, softmax
+from edge_adapt.probabilities import perplexity, softmax
 
 Array = NDArray[Any]
 
@@ -109,8 +109,7 @@ class Near:
             return False
         if not still and (self.apart < ALIKE * self.frames or self.near > MOST * self.asked):
             return False
-        kinds = float(np.exp(entropy(self.plain / self.near)))
-        told = float(np.exp(entropy(self.ours / self.near)))
+        kinds, told = perplexity(self.plain / self.near), perplexity(self.ours / self.near)
         return told > broader * kinds and kinds < few * min(len(self.plain), self.near)
 
     def begun_anew(self, still: bool) -> Near:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_adapt.probabilities import entropy
+from edge_adapt.probabilities import perplexity
 
 Array = NDArray[Any]
 
@@ -63,5 +63,5 @@ def runs(mix: LabelMix) -> float:
 
 
 def breadth(mix: LabelMix, prior: Array) -> float:
-    """How many classes were seen, of those that source has: exp(entropy), as a share of the source prior's."""
-    return min(1.0, float(np.exp(entropy(mix.share) - entropy(prior))))
+    """How many classes were seen, of those that source has, both as perplexity; 1 at most."""
+    return min(1.0, perplexity(mix.share) / perplexity(prior))
