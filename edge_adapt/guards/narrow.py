@@ -191,11 +191,9 @@ class Narrow(Wrapper[Kept]):
         if first and not mixed:
             return host, own, None
         narrow = full and own.window.narrow(self.usual)
-        few = narrow and (own.wide is not None or own.of_few)
-        few = few and not (mixed and own.near.mixed)
-        held = few or mixed
+        few = narrow and (own.wide is not None or own.of_few) and not (mixed and own.near.mixed)
+        mixed, held = mixed and not few, mixed or few
         event = None if held == own.held else FEW if held else MANY
-        mixed = mixed and not few
         near = own.near.begun_anew(still=mixed)
         own = replace(own, window=self.empty, near=near, held=held, mixed=mixed, plain=None)
         if few:
