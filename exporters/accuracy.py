@@ -37,7 +37,7 @@ DOMAINS, FRAMES, BATCH = 40, 128, 64
 SEED = 0
 RECIPES = ((1, 3.0, 3, 1), (1, 10.0, 3, 1), (3, 10.0, 1, 1), (4, 10.0, 1, 2), (2, 10.0, 3, 3))
 """(share of the domains, severity, width, times) of AugMix; two domains more are plain."""
-USUAL, RARE = 10.0, 1.0
+USUAL, RARE = 30.0, 1.0
 """Weight of a window with the labels as they come, and of one with another mix, or of a collapse."""
 DECAY = 3e-3
 """Weight of the squared coefficients, beside the mean loss."""

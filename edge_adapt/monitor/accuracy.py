@@ -41,7 +41,7 @@ NARROWNESS, DISSENT = 2, 3
 COVERAGE = 0.9
 UNKNOWN = 0.5
 """What an estimate is worth that could be of a collapse, and could be of none."""
-STRANGE = 1.75
+STRANGE = 1.85
 """A frame is left out if it lies so many times as far as the median of the last ones."""
 LATEST, FEWEST = 64, 16
 """Frames that this median is over, and that it needs."""
