@@ -185,7 +185,7 @@ class Router(Wrapper[Routing]):
         step = mixed.answered(self.host, own.bank, looked, mixed.places(own.bank, encodings, self.config.near))
         window = np.concatenate([own.window, encodings])[-self.config.window :]
         own = replace(own, window=window)
-        if len(window) == self.config.window and mixed.gain(own.bank, window) < self.config.mixed:
+        if len(window) == self.config.window and mixed.gain(own.bank, window, self.config.near) < self.config.mixed:
             own = replace(own, mixed=False, in_doubt=True, window=self._nothing, scores=NO_SCORES, unknown=0)
         return replace(step, state=Wrapped(state.host, own))
 
@@ -233,7 +233,7 @@ class Router(Wrapper[Routing]):
         window, found = own.window[-config.window :], own.scores[-config.window :]
         if len(window) < config.window:
             return state, ()
-        if mixed.gain(own.bank, window) >= config.mixed:
+        if mixed.gain(own.bank, window, config.near) >= config.mixed:
             own = replace(own, mixed=True, in_doubt=False, window=window, scores=NO_SCORES, unknown=0)
             return Wrapped(state.host, own), (MIXED,)
         place, distance = own.bank.nearest(window)

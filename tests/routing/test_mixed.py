@@ -13,11 +13,12 @@ from edge_adapt.methods.protocol import Context
 from edge_adapt.preprocess import Preprocess
 from edge_adapt.routing import mixed
 from edge_adapt.routing.bank import Bank
-from edge_adapt.routing.router import MIXED, ROUTE
+from edge_adapt.routing.router import MIXED, ROUTE, RouterConfig
 from edge_adapt.runtime.predictor import Predictor
 from edge_adapt.tail import Tail
 
 WIDTH = 256
+NEAR = RouterConfig().near
 
 
 def frames_of(domain: int, count: int, seed: int = 0) -> np.ndarray:
@@ -36,10 +37,20 @@ def bank() -> Bank:
 
 
 def test_a_window_of_one_domain_gains_nothing_one_of_several_much(bank):
-    assert all(mixed.gain(bank, frames_of(domain, 16, 7)) < 0.02 for domain in range(3))
-    assert mixed.gain(bank, np.concatenate([frames_of(1, 8, 7), frames_of(2, 8, 7)])) > 0.3
-    assert mixed.gain(bank, np.concatenate([frames_of(domain, 6, 7) for domain in range(3)])) > 0.3
-    assert mixed.gain(bank, frames_of(9, 16)) < 0.05, "a domain that nobody knows is not several"
+    assert all(mixed.gain(bank, frames_of(domain, 16, 7), NEAR) < 0.02 for domain in range(3))
+    assert mixed.gain(bank, np.concatenate([frames_of(1, 8, 7), frames_of(2, 8, 7)]), NEAR) > 0.3
+    assert mixed.gain(bank, np.concatenate([frames_of(domain, 6, 7) for domain in range(3)]), NEAR) > 0.3
+    assert mixed.gain(bank, frames_of(9, 16), NEAR) < 0.05, "a domain that nobody knows is not several"
+
+
+def test_a_new_domain_with_strangers_among_it_is_not_several_known_ones(bank):
+    """It lies away from the entry that it is nearest to, and the strangers choose another one."""
+    new = frames_of(1, 11, 7) + 0.6 * frames_of(9, 11, 7)
+    window = np.concatenate([new / np.linalg.norm(new, axis=1, keepdims=True), frames_of(2, 5, 7)]).astype(np.float32)
+    assert mixed.gain(bank, window, near=1e9) > 0.25
+    assert mixed.gain(bank, window, NEAR) == 0
+    few = np.concatenate([frames_of(1, 4, 7), frames_of(2, 10, 7), window[:2]])
+    assert mixed.gain(bank, few, NEAR) > 0.25, "some frames that are of neither leave a mixture one"
 
 
 def test_each_frame_goes_to_its_own_domain_and_a_foreign_one_to_source(bank):
