@@ -71,7 +71,8 @@ def page(figures: Path) -> str:
         f"{sum(harm.harms for harm in found)} of these, in bold, by more than one standard error of source's own "
         f"besides, which is no chance. {broken} cells broke. The worst: {worst}.\n\n"
         "Made by `make no-harm` from [no_harm.yaml](../plans/no_harm.yaml), which says how many frames, seeds and "
-        "corruptions; more seeds are taken together."
+        "corruptions; more seeds are taken together, and a method is held against source on the seeds that it has: the "
+        "line of source is of those of the last method."
         + (f" {missing} cells of it were not run." if (missing := made.get("not_run", 0)) else "")
         + (f" {older} cells are of an earlier state of the code." if (older := made.get("older", 0)) else ""),
     ]
