@@ -48,7 +48,7 @@ class Harm:
 
     @property
     def harms(self) -> bool:
-        """True if chance does not explain it."""
+        """True if it is above by more than one standard error of source besides."""
         return self.error > self.source + HARM + self.noise
 
     @property

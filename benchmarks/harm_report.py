@@ -69,7 +69,7 @@ def page(figures: Path) -> str:
         f"Mean error less that of `source` on the same frames, in points; below zero is better. Nothing may be "
         f"more than {HARM} above: {sum(harm.above for harm in found)} of {len(found)} are, in italics, and "
         f"{sum(harm.harms for harm in found)} of these, in bold, by more than one standard error of source's own "
-        f"besides, which is no chance. {broken} cells broke. The worst: {worst}.\n\n"
+        f"besides. {broken} cells broke. The worst: {worst}.\n\n"
         "Made by `make no-harm` from [no_harm.yaml](../plans/no_harm.yaml), which says how many frames, seeds and "
         "corruptions; more seeds are taken together, and a method is held against source on the seeds that it has: the "
         "line of source is of those of the last method."

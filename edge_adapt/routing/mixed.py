@@ -31,8 +31,9 @@ def gain(bank: Bank, window: Array, near: float) -> float:
         near: distance in units of its expectation, up to which frames are of a known domain.
     """
     apart = _apart(bank, window)
-    groups = [(entry, window[apart.argmin(axis=1) == place]) for place, entry in enumerate(bank.entries)]
-    known = sum(len(group) for entry, group in groups if len(group) and entry.distance(group) <= near)
+    nearest = apart.argmin(axis=1)
+    groups = [(bank.entries[place], window[nearest == place]) for place in np.unique(nearest)]
+    known = sum(len(group) for entry, group in groups if entry.distance(group) <= near)
     if known < KNOWN * len(window):
         return 0.0
     together = float(apart.mean(axis=0).min())
