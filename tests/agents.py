@@ -32,12 +32,12 @@ ROOT = "ea/v1/lab/dev1"
 """Of the topics of an agent with `mqtt_to`."""
 
 
-def until(reached: Callable[[], Any], why: str = "", timeout_s: float = WAIT_S) -> Any:
+def until(reached: Callable[[], Any], why: str = "", timeout_s: float = WAIT_S, every_s: float = 0.01) -> Any:
     """Wait for something that will come soon; returns it."""
     deadline = time.monotonic() + timeout_s
     while not (found := reached()):
         assert time.monotonic() < deadline, why or "it did not happen in time"
-        time.sleep(0.01)
+        time.sleep(every_s)
     return found
 
 
