@@ -20,8 +20,13 @@ PAGE = "README.md"
 MODELS = {
     "resnet20": ("zoo:cifar-resnet20", "models/cifar10_resnet20.safetensors", "cifar10_train_10k.npz", True),
     "efficientnet-lite0": ("zoo:efficientnet-lite0", None, "imagenet_1k_samples", False),
+    "resnet56": ("zoo:cifar-resnet56", "models/cifar10_resnet56.safetensors", "cifar10_train_10k.npz", False),
 }
 """Name -> model, weights and calibration below the data folder, and whether accuracy is told of it."""
+ROUTED = "resnet20", "efficientnet-lite0"
+"""Models by which domains are told apart."""
+WEIGHED = "moments", "auto", "tent", "cotta"
+"""Methods whose entries are weighed, on ResNet-56."""
 SCENARIOS = (
     "continual", "recurring", "correlated", "mixed_domains", "mixed_domains_correlated", "label_shift", "burst",
     "contaminated_30",
@@ -44,6 +49,8 @@ def run(data_root: Path, out: Path = OUT, work: Path = WORK, *, short: bool = Fa
 def parts(data_root: Path, work: Path, *, short: bool = False) -> dict[str, Callable[[], Part]]:
     """Name -> what makes it."""
     from benchmarks.accuracy import accuracy
+    from benchmarks.bank import Plan as Domains
+    from benchmarks.bank import endless, weighed
     from benchmarks.choice import Choice, choice
     from benchmarks.routing import Plan, routing
     from edge_adapt.streams.data import load_data
@@ -59,11 +66,17 @@ def parts(data_root: Path, work: Path, *, short: bool = False) -> dict[str, Call
         plan = Choice(train=64, test=64, steps=2, limit=4) if short else Choice()
         return choice(_bundle("resnet20", data_root, work), load_data(str(data_root / "cifar10_test.npz")), plan)
 
+    def images() -> Any:
+        return load_data(str(data_root / "cifar10_test.npz")).images
+
+    banks = Domains(frames=600, every=200) if short else Domains()
     plan = Plan(data_root, frames=128, usual=200, severities=(5,), rounds=2) if short else Plan(data_root)
     made: dict[str, Callable[[], Part]] = {
         f"routing-{name}": lambda name=name: routing(_bundle(name, data_root, work), plan)  # type: ignore[misc]
-        for name in MODELS
+        for name in ROUTED
     }
+    made["bank-resnet56"] = lambda: weighed(_bundle("resnet56", data_root, work), images(), WEIGHED, banks)
+    made["endless-resnet20"] = lambda: endless(_bundle("resnet20", data_root, work), images(), "moments", banks)
     for scenario in SCENARIOS[:1] if short else SCENARIOS:
         made[f"accuracy-{scenario}"] = lambda scenario=scenario: told_of(scenario)  # type: ignore[misc]
     return made | {"choice": chosen}
@@ -94,6 +107,8 @@ def page(out: Path) -> str:
         ("Windows that go to the right entry", list(_routed(made))),
         ("Strangers told from source frames, AUROC", list(_strangers(made))),
         ("What it costs, beside a frame's answer", list(_cost(made))),
+        ("What a bank takes", list(_kept(made))),
+        ("A new domain again and again", list(_endless(made))),
         ("Accuracy told without labels", list(_told(made))),
         ("Choice of adapters by the score, against training", list(_chosen(made))),
     )
@@ -134,6 +149,25 @@ def _cost(made: dict[str, Part]) -> Lines:
         for row in part["cost"]:
             for name, value in row["median_ms"].items():
                 yield [part["bundle"], str(row["frames"]), name, f"{value:.3f}", f"{100 * row['share'][name]:.2f}"]
+
+
+def _kept(made: dict[str, Part]) -> Lines:
+    yield from _head("model", "method", "kB an entry", left=2)
+    for part in _of(made, "bank-"):
+        for row in part["entries"]:
+            yield [part["bundle"], row["method"], f"{row['bytes'] / 1000:.1f}"]
+
+
+def _endless(made: dict[str, Part]) -> Lines:
+    yield from _head(
+        "model", "method", "frames", "domains", "founded", "entries at most", "kB at most",
+        "MB of the process after a tenth", "at the end", left=2,
+    )  # fmt: skip
+    for row in _of(made, "endless-"):
+        memory = row["resident_mb"]
+        told = ["-" if value is None else f"{value:.0f}" for value in (memory[len(memory) // 10], memory[-1])]
+        counts = [f"{row[name]:,}" for name in ("frames", "domains", "founded", "entries")]
+        yield [row["bundle"], row["method"], *counts, f"{row['bytes'] / 1000:.0f}", *told]
 
 
 def _told(made: dict[str, Part]) -> Lines:

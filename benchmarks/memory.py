@@ -1,4 +1,4 @@
-"""Peak memory of this process over a stretch of work, where the system tells it."""
+"""Memory of this process, now and at its peak over a stretch of work, where the system tells it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ class PeakMemory:
         if self._start is None:
             return None
         return round(max(0.0, _status("VmHWM") - self._start) / 1024, 1)
+
+
+def resident_mb() -> float | None:
+    """Megabytes of this process in memory now; None where the system does not tell."""
+    gc.collect()
+    try:
+        return round(_status("VmRSS") / 1024, 1)
+    except (OSError, KeyError):
+        return None
 
 
 def _status(key: str) -> float:

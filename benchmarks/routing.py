@@ -18,8 +18,11 @@ from edge_adapt.engines.protocol import Observed
 from edge_adapt.errors import ConfigError
 from edge_adapt.preprocess import Preprocess, resized
 from edge_adapt.routing import scores
+from edge_adapt.routing.bank import Bank
 from edge_adapt.routing.codes import packed
 from edge_adapt.routing.encoder import Encoder
+from edge_adapt.routing.mixed import gain
+from edge_adapt.routing.router import RouterConfig
 from edge_adapt.streams.corruptions import CORRUPTIONS, corrupt
 from edge_adapt.streams.data import archive
 from edge_adapt.streams.folders import images_in_order
@@ -38,6 +41,8 @@ NOT_FOREIGN = ("pickup_truck",)
 PAIRS = "usps", "uniform_noise", "imagenet", "cifar100"
 """Those that an average is over; noise of another kind is shown beside them."""
 BATCH = 50
+ENTRIES = 8, 1000
+"""Of the banks that a window is routed in."""
 
 
 @dataclass(frozen=True)
@@ -202,12 +207,26 @@ def _cases(
     assert seen.taps is not None
     taps = normalised(eye.bundle, seen.taps)
     codes = encoder(taps)
+    routes = {}
+    if len(frames) > 1:  # a window is routed as one
+        routes = {f"route, {count:,} entries": _routed_among(count, encoder, codes) for count in ENTRIES}
     return {
         "network": lambda: eye.engine.run(frames),
         "encode": lambda: encoder(taps),
         "pack": lambda: packed(codes),
         "score": lambda: judge(seen.logits, seen.features),
+        **routes,
     }
+
+
+def _routed_among(count: int, encoder: Encoder, window: Array) -> Callable[[], Any]:
+    """What the router asks of a full window [n, width], in a bank of so many entries beside source."""
+    rng, near = np.random.default_rng(count), RouterConfig().near
+    bank = Bank.of(encoder.source, encoder.frames, None)
+    for _ in range(count):
+        encodings = rng.standard_normal((len(window), encoder.width)).astype(np.float32)
+        bank = bank.grown(encodings / np.linalg.norm(encodings, axis=1, keepdims=True), None, now=0)
+    return lambda: (gain(bank, window, near), bank.nearest(window))
 
 
 def auroc(usual: Array, strange: Array) -> float:

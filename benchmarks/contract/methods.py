@@ -14,7 +14,7 @@ from benchmarks.contract.stand import Broken, Inapplicable, Promise, Stand, alik
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError, StateError
 from edge_adapt.methods.catalogue import offers
-from edge_adapt.methods.protocol import CUT, FEATURES, LOGITS, TAPS, Answered, Context, Method
+from edge_adapt.methods.protocol import CUT, FEATURES, LOGITS, TAPS, Answered, Compacts, Context, Method
 from edge_adapt.plugins import METHODS, ROUTERS, WRAPPERS, find
 from edge_adapt.runtime.loop import adapt
 from edge_adapt.runtime.predictor import Predictor
@@ -189,6 +189,26 @@ def a_state_can_be_kept(stand: Stand, subject: MethodSubject) -> None:
     hold(other.delta(loaded).same_as(method.delta(state)), "its state has another delta after it was kept")
 
 
+def a_compact_state_goes_on(stand: Stand, subject: MethodSubject) -> None:
+    """A router keeps what was learned in a domain that is away in as few bytes as that takes."""
+    method = subject.make(stand)
+    if not isinstance(method, Compacts):
+        raise Inapplicable("keeps the whole of its state")
+    state = method.init()
+    with stand.predictor() as predictor:
+        for start in range(0, 96, 8):
+            before = copied(state)
+            kept = method.compact(state)
+            hold(alike(copied(state), before), "compact() changes the state that it is given")
+            hold(method.delta(kept) is method.delta(state), "compact() gives a state of another delta")
+            hold(size_of(kept) <= size_of(state), "compact() gives a larger state")
+            state = learned(method, state, predictor, stand.shifted[start : start + 8])
+        state = method.compact(state)
+        for start in range(0, 64, 8):
+            state = learned(method, state, predictor, stand.shifted[start : start + 8])
+    hold(method.delta(state).is_finite(), "the delta is not finite after a return")
+
+
 def unknown_settings_are_refused(stand: Stand, subject: MethodSubject) -> None:
     if subject.name == "source":
         raise Inapplicable("has no settings")
@@ -217,6 +237,7 @@ PROMISES = (
     Promise("bad frames leave no mark", bad_frames_leave_no_mark),
     Promise("a state does not grow", a_state_does_not_grow),
     Promise("a state can be kept", a_state_can_be_kept),
+    Promise("a compact state goes on", a_compact_state_goes_on),
     Promise("unknown settings are refused", unknown_settings_are_refused),
     Promise("no answer depends on later frames", no_answer_depends_on_later_frames),
 )

@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from edge_adapt.bundle import Bundle
 from edge_adapt.delta import Delta
 from edge_adapt.guards.near import Near
-from edge_adapt.methods.protocol import CHANGE, FEATURES, TAPS, Answered, Context, Method, Observation, Step
+from edge_adapt.methods.protocol import (
+    CHANGE,
+    FEATURES,
+    TAPS,
+    Answered,
+    Context,
+    Method,
+    Observation,
+    Step,
+    compacted,
+)
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.probabilities import entropy, perplexity, softmax
 
@@ -144,6 +154,12 @@ class Narrow(Wrapper[Kept]):
         if not state.own.held:
             return self.host.delta(state.host)
         return self.source if state.own.wide is None else self.host.delta(state.own.wide)
+
+    def compact(self, state: Wrapped[Kept]) -> Wrapped[Kept]:
+        """One state of the host, not two, unless it is held: that there were wide windows is what matters."""
+        host, own = compacted(self.host, state.host), state.own
+        wide = None if own.wide is None else compacted(self.host, own.wide) if own.held else host
+        return Wrapped(host, replace(own, near=replace(own.near, last=self.none.last), wide=wide))
 
     def step(self, state: Wrapped[Kept], seen: Observation) -> Step[Wrapped[Kept]]:
         own, shown = state.own, seen

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.delta import Delta
 from edge_adapt.guards.rows import step_on
-from edge_adapt.methods.protocol import TAPS, Context, Method, Observation, Step
+from edge_adapt.methods.protocol import TAPS, Context, Method, Observation, Step, compacted
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 
 Array = NDArray[Any]
@@ -81,6 +81,14 @@ class Strange(Wrapper[Usual]):
     def start(self) -> Usual:
         channels = len(self.variance)
         return Usual(np.zeros(channels), np.zeros(0), np.zeros((0, channels), np.float32), np.zeros(0, bool))
+
+    def compact(self, state: Wrapped[Usual]) -> Wrapped[Usual]:
+        """Without the domain's first frames: what they said of it is known, if there were enough."""
+        usual = state.own
+        if 0 < len(usual.first) < FEWEST:
+            usual = self.start()
+        usual = replace(usual, mean=usual.mean.astype(np.float32), first=usual.first[:0])
+        return Wrapped(compacted(self.host, state.host), usual)
 
     def look(self, state: Wrapped[Usual], frames: int, passed: int) -> int:
         wanted = super().look(state, frames, passed)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge_adapt.delta import PORT_SCALE, PORT_SHIFT, Delta
 from edge_adapt.guards.rows import picked
 from edge_adapt.guards.trial import AGREE, EACH, Trial
-from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step
+from edge_adapt.methods.protocol import LOGITS, TAPS, Answered, Context, Method, Observation, Step, compacted
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
 from edge_adapt.monitor.collapse import Recent
 from edge_adapt.probabilities import entropy, softmax
@@ -112,6 +112,12 @@ class Watchdog(Wrapper[Watch]):
         if own.rests == "all":
             return self.source
         return own.plain if _held_back(own) else self.host.delta(state.host)
+
+    def compact(self, state: Wrapped[Watch]) -> Wrapped[Watch]:
+        """Without a trial that is not over. Ports need no second state to go back to: they are estimated anew soon."""
+        host, own = compacted(self.host, state.host), state.own
+        same = own.good is state.host or own.full is own.plain
+        return Wrapped(host, replace(own, good=host if same else compacted(self.host, own.good), trial=None))
 
     def look(self, state: Wrapped[Watch], frames: int, passed: int) -> int:
         """While everything rests, none."""

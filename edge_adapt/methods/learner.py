@@ -180,6 +180,11 @@ class Learner:
     def watch(self, state: LearnerState, answered: Answered) -> Step[LearnerState]:
         return Step(state)
 
+    def compact(self, state: LearnerState) -> LearnerState:
+        """Without the frames that no step was made on yet."""
+        inner = state.moments if self.moments is None or state.moments is None else self.moments.compact(state.moments)
+        return replace(state, moments=inner, frames=None, cut=None)
+
     def step(self, state: LearnerState, seen: Observation) -> Step[LearnerState]:
         if self.moments is None:
             return self._answer(state, seen)

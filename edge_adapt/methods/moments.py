@@ -81,6 +81,7 @@ class MomentsState:
     count: int
     """Frames in these averages, at most `memory`."""
     recent_mean: Array
+    """The same two over the window; [1] while that is empty and the state was kept for another day."""
     recent_second: Array
     recent: int
     """Frames in the window, at most `window`."""
@@ -187,6 +188,20 @@ class Moments:
 
     def delta(self, state: MomentsState) -> Delta:
         return state.delta
+
+    def compact(self, state: MomentsState) -> MomentsState:
+        """Half the bytes and no window: on return, the first window is of that day."""
+        return replace(
+            state,
+            mean=state.mean.astype(np.float32),
+            second=state.second.astype(np.float32),
+            spread=state.spread.astype(np.float32),
+            expected=state.expected.astype(np.float32),
+            recent_mean=np.zeros(1),
+            recent_second=np.zeros(1),
+            recent_expected=np.zeros((2, 1)),
+            recent=0,
+        )
 
     def _runs(self, state: MomentsState) -> float:
         """How far labels come in runs, 0 to 1; 0 where it cannot be told."""

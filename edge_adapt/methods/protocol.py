@@ -189,6 +189,23 @@ class LearnsFromLabels(Protocol[S]):
 
 
 @runtime_checkable
+class Compacts(Protocol[S]):
+    """What a method has besides, if not all of its state is worth keeping while another works. `isinstance` tells."""
+
+    def compact(self, state: S) -> S:
+        """A smaller state to go on from one day, such as averages in single precision, and no frames in hand.
+
+        Its delta is the very object. Like `step`, it leaves the state it is given alone.
+        """
+        ...
+
+
+def compacted(method: Method[S], state: S) -> S:
+    """The state of a method as it is kept while another one is at work; the same where the method does not say."""
+    return method.compact(state) if isinstance(method, Compacts) else state
+
+
+@runtime_checkable
 class Routes(Protocol):
     """What a router has besides: it can say which domain it took the latest frames for. `isinstance` tells."""
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge_adapt.delta import Delta
 from edge_adapt.errors import ConfigError
-from edge_adapt.methods.protocol import Answered, Context, Method, Observation, Step
+from edge_adapt.methods.protocol import Answered, Context, Method, Observation, Step, compacted
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -68,6 +68,9 @@ class Wrapper(Generic[T]):
 
     def delta(self, state: Wrapped[T]) -> Delta:
         return self.host.delta(state.host)
+
+    def compact(self, state: Wrapped[T]) -> Wrapped[T]:
+        return Wrapped(compacted(self.host, state.host), state.own)
 
     def features_of(self, answered: Answered) -> Array:
         """[N, D]. Raises: ConfigError if the host answers by itself and does not say what it gave the head."""

@@ -81,8 +81,12 @@ class Entry:
 
     def distance(self, window: Array) -> float:
         """Squared distance of a window's mean [n, width] in units of its expectation: about 1 for its own domain."""
-        apart = window.mean(axis=0) - self.mean
-        return float(apart @ apart) / (self.variance * (1 / len(window) + 1 / self.frames))
+        return self.distance_of(window.mean(axis=0), len(window))
+
+    def distance_of(self, centre: Array, frames: int) -> float:
+        """The same of the mean [width] of so many frames."""
+        apart = centre - self.mean
+        return float(apart @ apart) / (self.variance * (1 / frames + 1 / self.frames))
 
     def met(self, window: Array, state: Any, now: int, scores: Array = NO_SCORES) -> Entry:
         """After a window [n, width] that was surely of this domain, and the scores [n] of its frames."""
@@ -107,7 +111,8 @@ class Bank:
 
     def nearest(self, window: Array) -> tuple[int, float]:
         """Place of the entry nearest to the window's mean [n, width], and its distance in units of what is expected."""
-        distances = [entry.distance(window) for entry in self.entries]
+        centre = window.mean(axis=0)
+        distances = [entry.distance_of(centre, len(window)) for entry in self.entries]
         place = int(np.argmin(distances))
         return place, distances[place]
 

@@ -33,6 +33,7 @@ from edge_adapt.methods.protocol import (
     Method,
     Observation,
     Step,
+    compacted,
     configured,
 )
 from edge_adapt.methods.wrapper import Wrapped, Wrapper
@@ -242,7 +243,8 @@ class Router(Wrapper[Routing]):
         if place == own.active:
             # A false alarm: what the host forgot because of it comes back.
             host = own.bank.entries[place].state if own.in_doubt else state.host
-            bank = own.bank.with_entry(place, own.bank.entries[place].met(window, host, own.frames, found))
+            kept = compacted(self.host, host)
+            bank = own.bank.with_entry(place, own.bank.entries[place].met(window, kept, own.frames, found))
             own = replace(own, bank=bank, in_doubt=False, window=self._nothing, scores=NO_SCORES, unknown=0)
             return Wrapped(host, own), ()
         return self._moved(state, window, place)
@@ -272,7 +274,8 @@ class Router(Wrapper[Routing]):
         )
         if own.unknown < self.config.patience:
             return Wrapped(state.host, own), ()
-        bank, told = own.bank.grown(window, state.host, own.frames, found), [NEW_DOMAIN]
+        kept = compacted(self.host, state.host)
+        bank, told = own.bank.grown(window, kept, own.frames, found), [NEW_DOMAIN]
         while self.cap.exceeded(bank) and len(bank.entries) > 2:
             bank, what = bank.shrunk(len(bank.entries) - 1, own.frames)
             told.append(what)
