@@ -226,7 +226,12 @@ def _routed_among(count: int, encoder: Encoder, window: Array) -> Callable[[], A
     for _ in range(count):
         encodings = rng.standard_normal((len(window), encoder.width)).astype(np.float32)
         bank = bank.grown(encodings / np.linalg.norm(encodings, axis=1, keepdims=True), None, now=0)
-    return lambda: (gain(bank, window, near), bank.nearest(window))
+
+    def route() -> tuple[float, tuple[int, float]]:
+        fresh = replace(bank)  # as after the window before, which changed it
+        return gain(fresh, window, near), fresh.nearest(window)
+
+    return route
 
 
 def auroc(usual: Array, strange: Array) -> float:

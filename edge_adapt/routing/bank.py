@@ -7,6 +7,7 @@ frames of its own domain, V being what is left of unit length: distances are com
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ KNOWN = 64
 """Frames from which it is known what is usual."""
 RARE = 0.5
 """An entry that was not used for this share of all frames since may be given up before two others are merged."""
-
+LEAST = 0.02
+"""Variance of a domain, all of whose frames look the same."""
 
 NO_SCORES: Array = np.zeros(0)
 
@@ -77,16 +79,12 @@ class Entry:
     @property
     def variance(self) -> float:
         """What one frame's encoding differs from the mean, squared length."""
-        return max(1 - float(self.mean @ self.mean), 0.02)
+        return max(1 - float(self.mean @ self.mean), LEAST)
 
     def distance(self, window: Array) -> float:
         """Squared distance of a window's mean [n, width] in units of its expectation: about 1 for its own domain."""
-        return self.distance_of(window.mean(axis=0), len(window))
-
-    def distance_of(self, centre: Array, frames: int) -> float:
-        """The same of the mean [width] of so many frames."""
-        apart = centre - self.mean
-        return float(apart @ apart) / (self.variance * (1 / frames + 1 / self.frames))
+        apart = window.mean(axis=0) - self.mean
+        return float(apart @ apart) / (self.variance * (1 / len(window) + 1 / self.frames))
 
     def met(self, window: Array, state: Any, now: int, scores: Array = NO_SCORES) -> Entry:
         """After a window [n, width] that was surely of this domain, and the scores [n] of its frames."""
@@ -111,10 +109,28 @@ class Bank:
 
     def nearest(self, window: Array) -> tuple[int, float]:
         """Place of the entry nearest to the window's mean [n, width], and its distance in units of what is expected."""
-        centre = window.mean(axis=0)
-        distances = [entry.distance_of(centre, len(window)) for entry in self.entries]
-        place = int(np.argmin(distances))
-        return place, distances[place]
+        apart = self.apart(window.mean(axis=0, keepdims=True))[0]
+        variance = np.maximum(1 - self._lengths, LEAST)
+        frames = np.array([entry.frames for entry in self.entries])
+        place = int(np.argmin(apart / (variance * (1 / len(window) + 1 / frames))))
+        return place, self.entries[place].distance(window)
+
+    def apart(self, encodings: Array) -> Array:
+        """[n, entries], squared distances of encodings [n, width] from the entries' means."""
+        squares = np.square(encodings).sum(axis=1)[:, None] + self._lengths
+        apart: Array = np.maximum(squares - 2 * encodings @ self._means.T, 0)
+        return apart
+
+    @cached_property
+    def _means(self) -> Array:
+        """[entries, width]."""
+        return np.stack([entry.mean for entry in self.entries])
+
+    @cached_property
+    def _lengths(self) -> Array:
+        """[entries], squared."""
+        made: Array = np.square(self._means).sum(axis=1)
+        return made
 
     def with_entry(self, place: int, entry: Entry) -> Bank:
         entries = list(self.entries)
@@ -139,19 +155,16 @@ class Bank:
         unused = now - self.entries[oldest].used
         if self.entries[oldest].visits == 1 and unused > RARE * now:
             return self._without(oldest), f"retired: {self.entries[oldest].name}"
-        pairs = [(a, b) for a in range(1, len(self.entries)) for b in range(a + 1, len(self.entries))]
-        if not pairs:
+        if len(self.entries) < 3:
             return self._without(oldest), f"retired: {self.entries[oldest].name}"
-        first, second = min(pairs, key=lambda pair: self._apart(*pair))
-        return self._merged(first, second)
+        apart = self.apart(self._means[1:])[:, 1:]
+        apart[np.tril_indices(len(apart))] = np.inf
+        first, second = np.unravel_index(apart.argmin(), apart.shape)
+        return self._merged(1 + int(first), 1 + int(second))
 
     def place(self, name: str) -> int | None:
         """Of the entry of that name."""
         return next((place for place, entry in enumerate(self.entries) if entry.name == name), None)
-
-    def _apart(self, first: int, second: int) -> float:
-        apart = self.entries[first].mean - self.entries[second].mean
-        return float(apart @ apart)
 
     def _merged(self, first: int, second: int) -> tuple[Bank, str]:
         """The entry with more frames takes the other one in; states are of many kinds, and the better founded stays."""

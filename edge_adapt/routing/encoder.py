@@ -93,8 +93,8 @@ class Encoder:
         # The projection keeps lengths, so that each layer's part may be made one long before it.
         lengths = np.sqrt(np.add.reduceat(np.square(vectors).sum(axis=1), self.starts, axis=1))
         vectors /= np.repeat(np.maximum(lengths, 1e-12), self.chosen, axis=1)[:, None]
-        made = vectors.reshape(len(vectors), -1).astype(np.float32) @ self.stacked
-        return unit(made)
+        flat = vectors.reshape(len(vectors), -1).astype(np.float32)
+        return unit(np.ascontiguousarray((self.stacked @ flat.T).T))
 
     @property
     def chosen(self) -> tuple[int, ...]:
@@ -113,9 +113,12 @@ class Encoder:
 
     @cached_property
     def stacked(self) -> Array:
-        """[2 * chosen channels, width], all projections as one: rows of the means, then those of the deviations."""
+        """[width, 2 * chosen channels], all projections as one: columns of the means, then those of the deviations.
+
+        This way around the product with a few frames takes half the time.
+        """
         halves = [projection.reshape(2, -1, self.width) for projection in self.projections]
-        made: Array = np.ascontiguousarray(np.concatenate(halves, axis=1).reshape(-1, self.width))
+        made: Array = np.ascontiguousarray(np.concatenate(halves, axis=1).reshape(-1, self.width).T)
         return made
 
     @cached_property

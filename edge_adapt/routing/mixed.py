@@ -30,7 +30,7 @@ def gain(bank: Bank, window: Array, near: float) -> float:
     Args:
         near: distance in units of its expectation, up to which frames are of a known domain.
     """
-    apart = _apart(bank, window)
+    apart = bank.apart(window)
     nearest = apart.argmin(axis=1)
     groups = [(bank.entries[place], window[nearest == place]) for place in np.unique(nearest)]
     known = sum(len(group) for entry, group in groups if entry.distance(group) <= near)
@@ -47,7 +47,7 @@ def places(bank: Bank, encodings: Array, near: float) -> Array:
         encodings: [n, width].
         near: distance in units of its expectation, up to which a frame is of a known domain.
     """
-    nearest: Array = _apart(bank, encodings).argmin(axis=1)
+    nearest: Array = bank.apart(encodings).argmin(axis=1)
     far = [
         bank.entries[place].distance(encodings[row : row + 1]) > near for row, place in enumerate(nearest.tolist())
     ]
@@ -71,11 +71,3 @@ def answered(host: Method[Any], bank: Bank, seen: Observation, of: Array) -> Ste
         if features is not None and given.features is not None:
             features[rows] = given.features
     return Step(None, logits, features=features, stands=np.ones(len(of), bool))
-
-
-def _apart(bank: Bank, encodings: Array) -> Array:
-    """[n, entries], squared distances."""
-    means = np.stack([entry.mean for entry in bank.entries])
-    squares = np.square(encodings).sum(axis=1)[:, None] + np.square(means).sum(axis=1)
-    apart: Array = np.maximum(squares - 2 * encodings @ means.T, 0)
-    return apart
