@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -74,10 +74,10 @@ def endless(bundle: Bundle, images: Array, method: str, plan: Plan, progress: Pr
 class _Seen:
     """After each domain: entries beside source, their bytes, the largest one's, and memory of the process."""
 
-    entries: list[int]
-    bank_bytes: list[int]
-    entry_bytes: list[int]
-    resident: list[float | None]
+    entries: list[int] = field(default_factory=list)
+    bank_bytes: list[int] = field(default_factory=list)
+    entry_bytes: list[int] = field(default_factory=list)
+    resident: list[float | None] = field(default_factory=list)
     founded: int = 0
     seconds: float = 0.0
 
@@ -105,7 +105,7 @@ def _played(bundle: Bundle, name: str, images: Array, domains: int, plan: Plan, 
     tail = Tail(bundle)
     context = Context(bundle, lambda: tail, plan.seed)
     method, shape = _Watched(context, build(name, context)), Preprocess(bundle.manifest.input)
-    seen, began = _Seen([], [], [], []), time.perf_counter()
+    seen, began = _Seen(), time.perf_counter()
     with closing(OnnxRuntimeEngine(bundle)) as engine:
         answers = adapt(Predictor(bundle, engine), method, _batches(images, domains, plan, shape))
         for number in range(domains):

@@ -49,7 +49,7 @@ def run(data_root: Path, out: Path = OUT, work: Path = WORK, *, short: bool = Fa
 def parts(data_root: Path, work: Path, *, short: bool = False) -> dict[str, Callable[[], Part]]:
     """Name -> what makes it."""
     from benchmarks.accuracy import accuracy
-    from benchmarks.bank import Plan as Domains
+    from benchmarks.bank import Plan as BankPlan
     from benchmarks.bank import endless, weighed
     from benchmarks.choice import Choice, choice
     from benchmarks.routing import Plan, routing
@@ -69,7 +69,7 @@ def parts(data_root: Path, work: Path, *, short: bool = False) -> dict[str, Call
     def images() -> Any:
         return load_data(str(data_root / "cifar10_test.npz")).images
 
-    banks = Domains(frames=600, every=200) if short else Domains()
+    banks = BankPlan(frames=600, every=200) if short else BankPlan()
     plan = Plan(data_root, frames=128, usual=200, severities=(5,), rounds=2) if short else Plan(data_root)
     made: dict[str, Callable[[], Part]] = {
         f"routing-{name}": lambda name=name: routing(_bundle(name, data_root, work), plan)  # type: ignore[misc]

@@ -182,8 +182,9 @@ class Learner:
 
     def compact(self, state: LearnerState) -> LearnerState:
         """Without the frames that no step was made on yet."""
-        inner = state.moments if self.moments is None or state.moments is None else self.moments.compact(state.moments)
-        return replace(state, moments=inner, frames=None, cut=None)
+        if self.moments is not None and state.moments is not None:
+            state = replace(state, moments=self.moments.compact(state.moments))
+        return replace(state, frames=None, cut=None)
 
     def step(self, state: LearnerState, seen: Observation) -> Step[LearnerState]:
         if self.moments is None:
