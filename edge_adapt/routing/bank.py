@@ -147,20 +147,19 @@ class Bank:
         """With one entry less, and what was done: the least useful one given up, or the two closest merged.
 
         Args:
-            keep: place of an entry that may not be given up, beside source.
+            keep: place of an entry that is left alone, as source is: the newest, whose few frames would be lost in
+                another's, so that its next window founds it again.
             now: frames of the stream so far.
         """
         spare = [place for place in range(1, len(self.entries)) if place != keep]
         oldest = min(spare, key=lambda place: (self.entries[place].visits, self.entries[place].used))
         unused = now - self.entries[oldest].used
-        if self.entries[oldest].visits == 1 and unused > RARE * now:
+        if len(spare) < 2 or (self.entries[oldest].visits == 1 and unused > RARE * now):
             return self._without(oldest), f"retired: {self.entries[oldest].name}"
-        if len(self.entries) < 3:
-            return self._without(oldest), f"retired: {self.entries[oldest].name}"
-        apart = self.apart(self._means[1:])[:, 1:]
-        apart[np.tril_indices(len(apart))] = np.inf
+        apart = self.apart(self._means[spare])[:, spare]
+        apart[np.tril_indices(len(spare))] = np.inf
         first, second = np.unravel_index(apart.argmin(), apart.shape)
-        return self._merged(1 + int(first), 1 + int(second))
+        return self._merged(spare[first], spare[second])
 
     def place(self, name: str) -> int | None:
         """Of the entry of that name."""

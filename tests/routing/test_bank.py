@@ -56,11 +56,20 @@ def test_an_entry_that_met_more_frames_knows_its_mean_better(bank):
 def test_the_two_closest_are_merged_and_the_better_founded_state_stays(bank):
     near = frames(3, 64, 5) * 0.9 + frames(4, 64, 5) * 0.1
     bank = bank.grown(near / np.linalg.norm(near, axis=1, keepdims=True), "beside 3", now=1000)
-    shrunk, told = bank.shrunk(keep=4, now=1000)
+    shrunk, told = bank.shrunk(keep=1, now=1000)
     assert told == "merged: domain-3 into domain-4"
     assert [entry.name for entry in shrunk.entries] == [SOURCE, "domain-1", "domain-2", "domain-4"]
     assert shrunk.entries[3].state == "beside 3"
     assert shrunk.entries[3].frames == 80
+
+
+def test_the_newest_is_left_alone_however_close_it_is_to_another(bank):
+    near = frames(3, 16, 5) * 0.9 + frames(4, 16, 5) * 0.1
+    bank = bank.grown(near / np.linalg.norm(near, axis=1, keepdims=True), "beside 3", now=1000)
+    for _ in range(3):
+        newest, (bank, _) = bank.entries[-1], bank.shrunk(keep=len(bank.entries) - 1, now=1000)
+        assert bank.entries[-1] is newest
+    assert [entry.name for entry in bank.entries] == [SOURCE, "domain-4"]
 
 
 def test_what_came_once_and_long_ago_is_given_up_first(bank):

@@ -112,9 +112,11 @@ def test_the_cap_holds_and_source_stays(device_bundle, domains):
         state = method.init()
         for part in parts:
             for start in range(0, VISIT, 8):
-                state = method.step(state, predictor.look_for(method, shape(part[start : start + 8]))).state
+                step = method.step(state, predictor.look_for(method, shape(part[start : start + 8])))
+                state, bank = step.state, step.state.own.bank
                 predictor.apply(method.delta(state))
-                bank = state.own.bank
+                if NEW_DOMAIN in step.events:
+                    assert bank.entries[state.own.active].name == f"domain-{bank.made}"
                 assert len(bank.entries) <= 3
                 assert bank.entries[0].name == "source"
         assert bank.made >= 3
