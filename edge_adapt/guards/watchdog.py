@@ -114,10 +114,12 @@ class Watchdog(Wrapper[Watch]):
         return own.plain if _held_back(own) else self.host.delta(state.host)
 
     def compact(self, state: Wrapped[Watch]) -> Wrapped[Watch]:
-        """Without a trial that is not over. Ports need no second state to go back to: they are estimated anew soon."""
+        """Ports need no second state to go back to: they are estimated anew soon. An open trial stays, for in short
+        visits it would never end: without it `recurring`, 100 frames a visit, is at 30.8 %, with it at 29.1."""
         host, own = compacted(self.host, state.host), state.own
         same = own.good is state.host or own.full is own.plain
-        return Wrapped(host, replace(own, good=host if same else compacted(self.host, own.good), trial=None))
+        trial = None if own.trial is None else own.trial.halved()
+        return Wrapped(host, replace(own, good=host if same else compacted(self.host, own.good), trial=trial))
 
     def look(self, state: Wrapped[Watch], frames: int, passed: int) -> int:
         """While everything rests, none."""

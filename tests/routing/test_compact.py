@@ -74,6 +74,17 @@ def test_of_ports_alone_one_state_is_kept_for_all_who_want_one(device_bundle, pr
     assert len({id(part) for part in _moments(kept)}) == 1
 
 
+def test_an_open_trial_stays_open(device_bundle, predictor, dark):
+    """Else ports would never come into force where visits are shorter than a trial."""
+    method = made(device_bundle, "moments")
+    state = after(method, method.init(), predictor, dark[:24])
+    trial, kept = (next(part.trial for part in inside(one) if hasattr(part, "trial")) for one in (
+        state, compacted(method, state)))  # fmt: skip
+    assert 0 < len(trial.answers) < 32
+    assert np.array_equal(kept.answers, trial.answers) and kept.tapped == trial.tapped
+    np.testing.assert_allclose(kept.ours, trial.ours, rtol=1e-5)
+
+
 def _moments(parts):
     """The states of `moments` that the guards and the method hold."""
     for part in parts:
