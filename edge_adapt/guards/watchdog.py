@@ -114,8 +114,11 @@ class Watchdog(Wrapper[Watch]):
         return own.plain if _held_back(own) else self.host.delta(state.host)
 
     def compact(self, state: Wrapped[Watch]) -> Wrapped[Watch]:
-        """Ports need no second state to go back to: they are estimated anew soon. An open trial stays, for in short
-        visits it would never end: without it `recurring`, 100 frames a visit, is at 30.8 %, with it at 29.1."""
+        """Ports need no second state to go back to: they are estimated anew soon.
+
+        An open trial stays, for in short visits it would never end: `replay --scenario recurring --limit 100
+        --batch-size 16 --router hdc` is at 30.8 % without it and at 29.1 with it, over six seeds.
+        """
         host, own = compacted(self.host, state.host), state.own
         same = own.good is state.host or own.full is own.plain
         trial = None if own.trial is None else own.trial.halved()
