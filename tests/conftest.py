@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 def one_thread() -> None:
     """Two busy cores and spinning OpenMP threads make a test hundreds of times slower; one thread does not."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not looked for in all that was imported and collected: it holds every thread for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from spent import spending
 
 from device_agents.envelope import DEEPEST, Envelopes, SystemClock, as_historic, new_ulid, unwrap
 from edge_adapt.errors import ConfigError
@@ -111,10 +112,9 @@ def test_the_system_clock_is_steady_and_says_how_good_it_is(monkeypatch):
     ],
 )
 def test_hostile_payloads_are_refused_by_name_and_quickly(payload, names):
-    start = time.process_time()
-    with pytest.raises(ConfigError, match=names):
+    with spending() as spent, pytest.raises(ConfigError, match=names):
         unwrap(payload, limit=LIMIT)
-    assert time.process_time() - start < 0.05
+    assert spent.cpu_s < 0.05
 
 
 def test_unknown_fields_and_the_deepest_nesting_are_taken():

@@ -203,7 +203,7 @@ def test_trap_two_clients_with_one_id_end_the_older_link(mosquitto, opened):
 def test_trap_the_first_connect_does_not_raise_when_the_broker_is_away(opened):
     start = time.monotonic()
     mine = opened(type("Closed", (), {"port": free_port()}))
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 2
     assert f"127.0.0.1:{mine.link._options.port}" in mine.next(Down).reason
 
 

@@ -78,7 +78,7 @@ def test_only_so_many_listen_and_one_that_leaves_makes_room(client: Client, monk
 def test_a_listener_that_reads_nothing_holds_up_nobody_and_is_hung_up_on(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "STALLED_S", 0.5)
+    monkeypatch.setattr(routes, "STALLED_S", 2.0)
     monkeypatch.setattr(routes, "LISTENERS", 1)
     sock, stream = client.listen()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -93,7 +93,7 @@ def test_a_listener_that_reads_nothing_holds_up_nobody_and_is_hung_up_on(
         slowest = max(slowest, time.monotonic() - started)
         assert time.monotonic() < deadline, "it was never hung up on"
         time.sleep(0.1)
-    assert slowest < 0.25  # writing to the board took no longer for it
+    assert slowest < 1  # writing to the board took no longer for it
     stream.close()
     sock.close()
 
