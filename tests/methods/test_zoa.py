@@ -155,7 +155,9 @@ def test_answers_are_shifted_by_the_frames_before(device_bundle):
     assert np.array_equal(first.logits, given.logits)
     second = method.watch(first.state, given)
     source = method.shift.expected(first.state.history)
-    np.testing.assert_allclose(second.logits, given.logits + (source - features.mean(0)) @ rows.T / 2, atol=1e-4)
+    trust = 64 / (64 + 256)
+    shifted = given.logits + trust * (source - features.mean(0)) @ rows.T
+    np.testing.assert_allclose(second.logits, shifted, atol=1e-4)
     broken = Answered(given.logits, np.full_like(features, np.nan))
     refused = method.watch(second.state, broken)
     assert refused.state is second.state and refused.events[0].startswith("refused")
