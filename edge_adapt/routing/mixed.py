@@ -25,7 +25,9 @@ Four domains with three foreign frames in ten (ResNet-20, `moments`): 26.8 %, wi
 def gain(bank: Bank, window: Array, near: float) -> float:
     """Share of the squared distance of a window [n, width] that goes when each frame chooses its own entry, 0 to 1.
 
-    None goes where the frames that chose an entry are, together, not near it: what is new chooses something too.
+    None goes where the frames that chose an entry are, together, not near it: what is new chooses something too. Nor is
+    an entry known that no window was met of since it was founded: strangers found such (fifteen domains, three foreign
+    frames in ten, noise: 28.4 %, with those 30.4; ResNet-20, `moments`, three seeds).
 
     Args:
         near: distance in units of its expectation, up to which frames are of a known domain.
@@ -33,7 +35,8 @@ def gain(bank: Bank, window: Array, near: float) -> float:
     apart = bank.apart(window)
     nearest = apart.argmin(axis=1)
     groups = [(bank.entries[place], window[nearest == place]) for place in np.unique(nearest)]
-    known = sum(len(group) for entry, group in groups if entry.distance(group) <= near)
+    met = [(entry, group) for entry, group in groups if entry.frames > len(window)]
+    known = sum(len(group) for entry, group in met if entry.distance(group) <= near)
     if known < KNOWN * len(window):
         return 0.0
     together = float(apart.mean(axis=0).min())

@@ -53,6 +53,15 @@ def test_a_new_domain_with_strangers_among_it_is_not_several_known_ones(bank):
     assert mixed.gain(bank, few, NEAR) > 0.25, "some frames that are of neither leave a mixture one"
 
 
+def test_an_entry_that_one_window_alone_was_met_of_makes_no_mixture(bank):
+    """Strangers found such entries."""
+    window = np.concatenate([frames_of(1, 4, 7), frames_of(3, 12, 7)])
+    founded = bank.grown(frames_of(3, 16), None, 0)
+    assert mixed.gain(founded, window, NEAR) == 0
+    met = founded.with_entry(3, founded.entries[3].met(frames_of(3, 16, 1), None, 0))
+    assert mixed.gain(met, window, NEAR) > 0.25
+
+
 def test_each_frame_goes_to_its_own_domain_and_a_foreign_one_to_source(bank):
     order = [2, 0, 1, 1, 2, 0]
     window = np.concatenate([frames_of(domain, 1, 5) for domain in order])
