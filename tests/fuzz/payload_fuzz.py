@@ -4,7 +4,6 @@ is refused by name, and what comes twice runs once. `make fuzz` runs it.
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import random
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from command_bench import ARGUMENTS, GROUP, TOPICS, Bench
 from mutations import Payloads
 from PIL import Image
+from spent import spending
 
 from device_agents.board import Board
 from device_agents.connecting import Rival
@@ -323,20 +323,17 @@ def fuzz(count: int, seed: int, folder: Path) -> Result:
             agent.restart()
         target, incoming = source.draw(agent.bench.clock.wall, agent.desired.applied_version + 1)
         before = agent.state
-        gc.disable()
-        cpu = time.process_time()
         try:
-            outcome = agent.take(incoming)
-            changed = agent.state != before
+            with spending() as spent:
+                outcome = agent.take(incoming)
+                changed = agent.state != before
             assert changed or outcome not in ("done", "applied"), f"{outcome}, but nothing changed"
             assert not changed or outcome in ("done", "applied", "taken"), f"{outcome}, but something changed"
         except Exception:
             outcome = "FAILED"
             result.failures.append(f"payload {number} of seed {seed}, {incoming!r:.600}\n{traceback.format_exc()}")
-        taken_ms = 1000 * (time.process_time() - cpu)
-        gc.enable()
         if outcome not in EFFECTS:
-            result.slowest_ms = max(result.slowest_ms, taken_ms)
+            result.slowest_ms = max(result.slowest_ms, 1000 * spent.cpu_s)
         result.outcomes[target, outcome] += 1
     result.seconds = time.monotonic() - began
     agent.bench.close()
