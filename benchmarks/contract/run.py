@@ -104,19 +104,21 @@ def _unusable(group: str, point: EntryPoint) -> str | None:
 
 def _verdict(group: str, name: str, promise: Promise, subject: Any, tried: Sequence[Stand]) -> Verdict:
     """Broken if it is on one stand, skipped if it can be asked on none."""
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for stand in tried:
         where = f"{stand.mode} mode: " if len(tried) > 1 else ""
         try:
             promise.check(stand, subject)
         except Inapplicable as error:
-            reasons.append(f"{where}{error}")
+            reasons[where] = str(error)
         except Broken as error:
             return Verdict(kind_of(group), name, promise.name, BROKEN, f"{where}{error}")
         except Exception as error:  # the code of strangers may raise anything, and that too is an answer
             return Verdict(kind_of(group), name, promise.name, BROKEN, f"{where}{_said(error)}")
     if len(reasons) == len(tried):
-        return Verdict(kind_of(group), name, promise.name, SKIPPED, "; ".join(dict.fromkeys(reasons)))
+        alike = len(set(reasons.values())) == 1  # then the mode has nothing to do with it
+        said = set(reasons.values()) if alike else [where + reason for where, reason in reasons.items()]
+        return Verdict(kind_of(group), name, promise.name, SKIPPED, "; ".join(said))
     return Verdict(kind_of(group), name, promise.name, KEPT)
 
 
