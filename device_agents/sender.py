@@ -101,17 +101,20 @@ class Sender:
     # the link comes and goes
 
     def begin(self, link: Link, up: Up, now: int) -> None:
-        """The link is up: every retained value is due, and what waits now counts as told late."""
+        """The link is up: every retained value is due."""
         largest = up.largest_packet - HEADROOM if up.largest_packet else self._max_payload
         self._limit = min(self._max_payload, largest)
         self._window = min(self._pace.in_flight, up.in_flight)
-        self._link, self.alive_ms, self._historic = link, now, self._outbox.last_id
-        self._begun_ms = now
+        self._link, self.alive_ms, self._begun_ms = link, now, now
         first = (self._topics.birth, self._topics.state)
         order = sorted(self._values, key=lambda topic: first.index(topic) if topic in first else len(first))
         self._values = {topic: self._values[topic] for topic in order}
         for kept in self._values.values():
             kept.fresh, kept.sent_ms = True, None
+
+    def online(self) -> None:
+        """Telemetry goes at once from now on. What waits, and is overtaken by it, counts as told late."""
+        self._historic = self._outbox.last_id
 
     def end(self, *, closed_by_peer: bool) -> None:
         """The link is gone. Telemetry that may not have arrived waits again, and so does all that was in flight."""

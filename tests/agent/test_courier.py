@@ -345,6 +345,26 @@ def test_stop_keeps_its_time_with_a_broker_that_hangs(mosquitto, device):
     assert again.courier.waiting == 1, "it is on disk"
 
 
+def test_telemetry_from_before_the_subscription_is_told_late(mosquitto, device, observer, monkeypatch):
+    """It is overtaken by what is measured after, which must not pass for older."""
+    broker, real, go = mosquitto(), Link._on_subscribe, threading.Event()
+    monkeypatch.setattr(Link, "_on_subscribe", lambda *facts: go.wait(10) and real(*facts))
+    watcher = observer(broker)
+    mine = device(broker).start(online=False)
+    wait_until(lambda: mine.courier.connects == 1)
+    for n in range(60):
+        mine.courier.telemetry("perf", {"n": n})
+    wait_until(lambda: mine.courier.waiting == 60)
+    go.set()
+    wait_until(lambda: mine.courier.online)
+    for n in range(60, 65):
+        mine.courier.telemetry("perf", {"n": n})
+    wait_until(lambda: len(watcher.of(TOPICS.tele("perf"))) == 65)
+    told = watcher.of(TOPICS.tele("perf"))
+    assert [m["d"]["n"] for m in told if m["hist"]] == list(range(60))
+    assert [m["d"]["n"] for m in told if not m["hist"]] == list(range(60, 65))
+
+
 def test_a_subscription_that_is_refused_is_told(mosquitto, device, monkeypatch):
     real = Link._on_subscribe
     refused = type("Code", (), {"value": 0x87})

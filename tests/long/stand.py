@@ -133,7 +133,8 @@ class Broker:
         lines = ["user root"] * (not os.getuid()) + [
             *(f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"),
             *("persistence true", f"persistence_location {self._folder}/", "max_queued_messages 100000"),
-            *("max_queued_bytes 0", f"log_dest file {self._folder}/log"),
+            # The device may be back before the controller is, with telemetry at QoS 0.
+            *("max_queued_bytes 0", "queue_qos0_messages true", f"log_dest file {self._folder}/log"),
         ]
         config.write_text("\n".join(lines) + "\n", "utf-8")
         self._running = subprocess.Popen([self._program, "-c", str(config)], stderr=subprocess.DEVNULL)
