@@ -328,7 +328,7 @@ class Courier:
     def _subscribed(self, answer: Subscribed) -> None:
         refused = [each for each, code in zip(self._filters, answer.codes, strict=False) if code >= 0x80]
         self._online = True
-        self._sender.online()
+        self._sender.go_live()
         self._tell(LinkChange(True, "connected"))
         if refused:
             self._tell(LinkChange(True, f"the broker refuses to subscribe {', '.join(refused)}", "subscription"))

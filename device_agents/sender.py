@@ -112,7 +112,7 @@ class Sender:
         for kept in self._values.values():
             kept.fresh, kept.sent_ms = True, None
 
-    def online(self) -> None:
+    def go_live(self) -> None:
         """Telemetry goes at once from now on. What waits, and is overtaken by it, counts as told late."""
         self._historic = self._outbox.last_id
 

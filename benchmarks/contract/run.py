@@ -104,21 +104,21 @@ def _unusable(group: str, point: EntryPoint) -> str | None:
 
 def _verdict(group: str, name: str, promise: Promise, subject: Any, tried: Sequence[Stand]) -> Verdict:
     """Broken if it is on one stand, skipped if it can be asked on none."""
-    reasons: dict[str, str] = {}
+    reasons: list[tuple[str, str]] = []
     for stand in tried:
         where = f"{stand.mode} mode: " if len(tried) > 1 else ""
         try:
             promise.check(stand, subject)
         except Inapplicable as error:
-            reasons[where] = str(error)
+            reasons.append((str(error), where))
         except Broken as error:
             return Verdict(kind_of(group), name, promise.name, BROKEN, f"{where}{error}")
         except Exception as error:  # the code of strangers may raise anything, and that too is an answer
             return Verdict(kind_of(group), name, promise.name, BROKEN, f"{where}{_said(error)}")
     if len(reasons) == len(tried):
-        alike = len(set(reasons.values())) == 1  # then the mode has nothing to do with it
-        said = set(reasons.values()) if alike else [where + reason for where, reason in reasons.items()]
-        return Verdict(kind_of(group), name, promise.name, SKIPPED, "; ".join(said))
+        modes = dict(reasons)  # a reason that holds in each has nothing to do with the mode
+        why = "; ".join(where + reason if len(modes) > 1 else reason for reason, where in modes.items())
+        return Verdict(kind_of(group), name, promise.name, SKIPPED, why)
     return Verdict(kind_of(group), name, promise.name, KEPT)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 
@@ -10,7 +9,6 @@ import pytest
 from brokers import QUICK, TOPICS, Device, settings_for, wait_until
 
 from device_agents.broker import free_port
-from device_agents.connecting import Rival
 from device_agents.courier import LinkChange
 from device_agents.mqtt import Link
 from device_agents.sender import Pace
@@ -139,6 +137,26 @@ def test_trap_telemetry_on_a_dying_link_is_sent_again(mosquitto, device, observe
     hole.cut()
     hole.mode = "pass"
     wait_until(lambda: {m["d"]["n"] for m in watcher.of(TOPICS.tele("perf"))} == set(range(6)))
+
+
+def test_telemetry_from_before_the_subscription_is_told_late(mosquitto, device, observer, monkeypatch):
+    """It is overtaken by what is measured after, which must not pass for older."""
+    broker, real, go = mosquitto(), Link._on_subscribe, threading.Event()
+    monkeypatch.setattr(Link, "_on_subscribe", lambda *facts: go.wait(10) and real(*facts))
+    watcher = observer(broker)
+    mine = device(broker).start(online=False)
+    wait_until(lambda: mine.courier.connects == 1)
+    for n in range(60):
+        mine.courier.telemetry("perf", {"n": n})
+    wait_until(lambda: mine.courier.waiting == 60)
+    go.set()
+    wait_until(lambda: mine.courier.online)
+    for n in range(60, 65):
+        mine.courier.telemetry("perf", {"n": n})
+    wait_until(lambda: len(watcher.of(TOPICS.tele("perf"))) == 65)
+    told = watcher.of(TOPICS.tele("perf"))
+    assert [m["d"]["n"] for m in told if m["hist"]] == list(range(60))
+    assert [m["d"]["n"] for m in told if not m["hist"]] == list(range(60, 65))
 
 
 def test_trap_a_lost_puback_forces_a_new_connection(mosquitto, device, observer, proxy):
@@ -345,26 +363,6 @@ def test_stop_keeps_its_time_with_a_broker_that_hangs(mosquitto, device):
     assert again.courier.waiting == 1, "it is on disk"
 
 
-def test_telemetry_from_before_the_subscription_is_told_late(mosquitto, device, observer, monkeypatch):
-    """It is overtaken by what is measured after, which must not pass for older."""
-    broker, real, go = mosquitto(), Link._on_subscribe, threading.Event()
-    monkeypatch.setattr(Link, "_on_subscribe", lambda *facts: go.wait(10) and real(*facts))
-    watcher = observer(broker)
-    mine = device(broker).start(online=False)
-    wait_until(lambda: mine.courier.connects == 1)
-    for n in range(60):
-        mine.courier.telemetry("perf", {"n": n})
-    wait_until(lambda: mine.courier.waiting == 60)
-    go.set()
-    wait_until(lambda: mine.courier.online)
-    for n in range(60, 65):
-        mine.courier.telemetry("perf", {"n": n})
-    wait_until(lambda: len(watcher.of(TOPICS.tele("perf"))) == 65)
-    told = watcher.of(TOPICS.tele("perf"))
-    assert [m["d"]["n"] for m in told if m["hist"]] == list(range(60))
-    assert [m["d"]["n"] for m in told if not m["hist"]] == list(range(60, 65))
-
-
 def test_a_subscription_that_is_refused_is_told(mosquitto, device, monkeypatch):
     real = Link._on_subscribe
     refused = type("Code", (), {"value": 0x87})
@@ -372,41 +370,6 @@ def test_a_subscription_that_is_refused_is_told(mosquitto, device, monkeypatch):
     mine = device(mosquitto()).start()
     wait_until(lambda: "subscription" in mine.alerts)
     assert TOPICS.desired in mine.changes[-1].reason and mine.courier.online
-
-
-# somebody else with our name
-
-
-def birth(boot, id_):
-    return json.dumps({"v": 1, "id": id_, "boot": boot, "d": {}}).encode()
-
-
-def test_rival_needs_two_births_of_one_other_process():
-    rival = Rival("a")
-    assert rival.met(birth("b", "1"), first_connection=True) is None, "left by a predecessor"
-    assert rival.met(birth("a", "2"), first_connection=False) is None, "our own"
-    assert rival.met(birth("b", "3"), first_connection=False) is None
-    assert rival.met(birth("b", "3"), first_connection=False) is None, "the same one, restored by the broker"
-    assert rival.met(birth("c", "4"), first_connection=False) is None
-    assert rival.met(b"garbage", first_connection=False) is None
-    assert rival.met(birth("b", "5"), first_connection=False) == "b"
-
-
-def test_of_two_rivals_one_stays():
-    first, second = Rival("a"), Rival("b")
-    assert [first.met(birth("b", str(n)), first_connection=False) for n in range(2)] == [None, "b"]
-    assert [second.met(birth("a", str(n)), first_connection=False) for n in range(7)] == [None] * 7
-    assert second.met(birth("a", "7"), first_connection=False) == "a", "the other one never gave up"
-
-
-def test_births_that_somebody_makes_up_fill_no_memory():
-    rival = Rival("a")
-    for number in range(1000):
-        assert rival.met(birth(f"b{number}", "1"), first_connection=False) is None
-    assert len(rival._births) <= 16
-    for odd in (None, 7, ["b"], "", "b" * 65):
-        assert [rival.met(birth(odd, str(n)), first_connection=False) for n in range(9)] == [None] * 9
-        assert [rival.met(birth("x", odd), first_connection=False) for _ in range(9)] == [None] * 9
 
 
 def test_quick_pace_is_only_for_tests():

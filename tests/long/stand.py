@@ -133,7 +133,7 @@ class Broker:
         lines = ["user root"] * (not os.getuid()) + [
             *(f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"),
             *("persistence true", f"persistence_location {self._folder}/", "max_queued_messages 100000"),
-            # The device may be back before the controller is, with telemetry at QoS 0.
+            # A device may be back before the controller is; its telemetry at QoS 0 would be dropped.
             *("max_queued_bytes 0", "queue_qos0_messages true", f"log_dest file {self._folder}/log"),
         ]
         config.write_text("\n".join(lines) + "\n", "utf-8")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from benchmarks import scenarios
 from benchmarks.contract import run as contract
+from benchmarks.contract.stand import Inapplicable, Promise
 from device_agents.settings import SourceSettings
 from edge_adapt import plugins
 from edge_adapt.cli import run
@@ -187,13 +189,29 @@ def test_the_contract_tells_what_is_broken_and_goes_on(install, tmp_path, capsys
     assert {name for name, _ in broken} == {"hoard", "gone", "tent", "mine"}
     assert [promise for name, promise in broken if name == "mine"] == ["unknown settings are refused"]
     assert f"{len(broken)} broken" in out
+    skipped = {(each["name"], each["promise"]): each["why"] for each in verdicts if each["status"] == "skipped"}
+    assert skipped["mine", "a compact state goes on"] == "keeps the whole of its state"
+
+
+def test_a_skip_names_the_mode_where_that_is_the_reason():
+    """`device` and `reference` are tried; what holds in both is said once."""
+
+    def why(reasons):
+        def check(stand, subject):
+            if stand.mode in reasons:
+                raise Inapplicable(reasons[stand.mode])
+
+        both = [SimpleNamespace(mode="device"), SimpleNamespace(mode="reference")]
+        return contract._verdict(plugins.METHODS, "mine", Promise("is asked", check), None, both)
+
+    assert why({"device": "no", "reference": "no"}).why == "no"
+    assert why({"device": "no", "reference": "never"}).why == "device mode: no; reference mode: never"
+    assert why({"device": "no"}).status == "kept"
 
 
 def test_a_package_without_parts_is_refused_with_the_nearest(capsys):
     assert run(["contract", "edge-adpat"]) == 2
     assert "did you mean edge-adapt" in capsys.readouterr().err
-
-
 
 
 def test_an_agent_may_be_given_a_source_of_another_package(install):
